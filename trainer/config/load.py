@@ -1,0 +1,167 @@
+"""Read a configuration: file, preset, then `--set` values; every error at once, before any model is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from trainer.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESETS = ROOT / "presets"
+
+
+class ConfigError(ValueError):
+    """One or more things wrong with a configuration; `errors` maps a dotted field to a sentence."""
+
+    def __init__(self, errors: dict[str, str]) -> None:
+        self.errors = errors
+        super().__init__("\n".join(errors.values()))
+
+
+def presets() -> dict[str, Path]:
+    """Every preset by its name `family/name`, for instance `sd1/balanced`."""
+    return {p.relative_to(PRESETS).with_suffix("").as_posix(): p for p in sorted(PRESETS.glob("*/*.toml"))}
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The settings of a preset (its [about] table left out). Raises ConfigError for an unknown name."""
+    known = presets()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(known)}."
+        raise ConfigError({"preset": f"preset is {name!r}, which does not exist.{hint}"})
+    values = tomllib.loads(known[name].read_text(encoding="utf-8"))
+    values.pop("about", None)
+    return values
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, table by table; lists and values are replaced whole."""
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A TOML or JSON file as a dict. Raises ConfigError if it is missing or cannot be read as such."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError({"": f"There is no configuration file {path}. Give the path of a .toml or .json file."}) from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError({"": f"{path} is not valid {path.suffix.lstrip('.').upper() or 'TOML'}: {error}."}) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError({"": f"{path} cannot be read: {error}. It must be a UTF-8 text file."}) from None
+
+
+def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
+    """`a.b=c` strings as a nested dict; the value is read as TOML where it is valid TOML, else as a plain string.
+
+    Raises ConfigError for a string without `=`.
+    """
+    out: dict[str, Any] = {}
+    for item in assignments:
+        key, sign, raw = item.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError({"--set": f"--set {item!r} has no value; write it as section.name=value, like --set adapter.rank=8."})
+        try:
+            value = tomllib.loads(f"value = {raw.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = raw.strip()
+        node = out
+        *tables, last = key.strip().split(".")
+        for table in tables:
+            node = node.setdefault(table, {})
+        node[last] = value
+    return out
+
+
+def load(
+    path: Path | None = None,
+    *,
+    preset: str | None = None,
+    assignments: Iterable[str] = (),
+    values: dict[str, Any] | None = None,
+) -> TrainConfig:
+    """The configuration of one run. Later sources win: preset, file, `values`, `assignments`.
+
+    A file may name its preset itself, as `preset = "sd1/balanced"`. Relative data folders are relative to the file.
+    Raises ConfigError with every error found.
+    """
+    raw = read_file(path) if path else {}
+    preset = preset or raw.get("preset")
+    raw.pop("preset", None)
+    if path:
+        for entry in raw.get("data", []) if isinstance(raw.get("data"), list) else []:
+            if isinstance(entry, dict) and isinstance(entry.get("folder"), str):
+                entry["folder"] = str(path.resolve().parent / Path(entry["folder"]).expanduser())
+    merged = merge(read_preset(preset) if preset else {}, raw)
+    merged = merge(merged, values or {})
+    merged = merge(merged, parse_set(assignments))
+    return validate(merged)
+
+
+def validate(values: dict[str, Any]) -> TrainConfig:
+    """`values` as a TrainConfig, or a ConfigError with a sentence for every field that is wrong."""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError({_field(e): _sentence(e) for e in error.errors(include_url=False)}) from None
+
+
+def _field(error: ErrorDetails) -> str:
+    kinds = {"adamw", "adamw8bit", "prodigy"}  # the discriminator's own step in the path
+    return ".".join(str(p + 1) if isinstance(p, int) else p for p in error["loc"] if p not in kinds)
+
+
+def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
+    """The keys allowed where the unknown key `loc[-1]` stood."""
+    model: Any = TrainConfig
+    for part in loc[:-1]:
+        if isinstance(part, int) or not (isinstance(model, type) and issubclass(model, BaseModel)):
+            continue
+        field = model.model_fields.get(part)
+        if field is None:
+            continue
+        found = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if len(found) != 1:
+            return []
+        model = found[0]
+    return list(model.model_fields)
+
+
+def _sentence(error: ErrorDetails) -> str:
+    field, kind, value, ctx = _field(error), error["type"], error.get("input"), error.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = _known_keys(error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
+        hint = f" Did you mean {near[0]}?" if near else (f" Known here: {', '.join(known)}." if known else "")
+        return f"{field} is not a known setting.{hint}"
+    if kind == "missing":
+        return f"{field} is missing; " + ("name at least one folder of images in [[data]]." if field == "data" else "it must be given.")
+    if kind == "value_error":
+        text = str(ctx.get("error", error["msg"]))
+        if text.startswith(("no ", "The ")):
+            return text
+        return f"{field} is {value!r}; it {text}."
+    allowed = {
+        "greater_than": "must be greater than {gt}",
+        "greater_than_equal": "must be at least {ge}",
+        "less_than": "must be less than {lt}",
+        "less_than_equal": "must be at most {le}",
+        "literal_error": "must be one of {expected}",
+        "multiple_of": "must be a multiple of {multiple_of}",
+        "union_tag_invalid": "must have kind = one of {expected_tags}",
+    }.get(kind)
+    must = allowed.format(**ctx) if allowed else error["msg"][0].lower() + error["msg"][1:]
+    return f"{field} is {value!r}; it {must}." if allowed else f"{field} is {value!r}: {must}."

@@ -1,0 +1,65 @@
+"""events.jsonl: what happened in a run, one JSON object a line, appended and flushed by the trainer alone.
+
+Every event has `v` (this format's version, 1), `seq` (counts up by 1, also across resumes), `time` (epoch seconds) and
+`type`. A reader may meet a torn last line and leaves it alone; points past the step of a `resumed` event are void.
+
+    type         further fields
+    started      name, total (steps), images, buckets [[w, h, images]], device, dtype, reasons
+    stage        name: loading | encoding | training | exporting
+    warning      text
+    step         step, loss (mean since the last such event), rate {part: learning rate}, images_per_s, eta_s, epoch (visits so far)
+    validation   step, train (loss), held_out (loss or null)
+    preview      step, images [file names], prompts
+    checkpoint   step, file
+    exported     step, file, bytes, modules {part: count}, final
+    resumed      step
+    answered     request, id, step, detail
+    finished | stopped | failed   step, seconds; failed: text
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+TERMINAL = ("finished", "stopped", "failed")
+
+
+class Writer:
+    """The single writer of a run's events. Opening it cuts off a torn last line and goes on counting."""
+
+    def __init__(self, path: Path) -> None:
+        self.seq = 0
+        if path.exists():
+            raw = path.read_bytes()
+            whole = raw[: raw.rfind(b"\n") + 1]
+            if whole != raw:
+                with path.open("r+b") as file:
+                    file.truncate(len(whole))
+            for event in read(path):
+                self.seq = event["seq"] + 1
+        self.file = path.open("a", encoding="utf-8", newline="\n")
+
+    def __call__(self, type: str, **fields: Any) -> dict[str, Any]:
+        event = {"v": VERSION, "seq": self.seq, "time": round(time.time(), 3), "type": type, **fields}
+        self.file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        self.file.flush()
+        self.seq += 1
+        return event
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole event of a file, in order; a torn last line is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)

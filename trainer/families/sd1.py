@@ -1,0 +1,166 @@
+"""Stable Diffusion 1.x: AutoencoderKL, CLIP text encoder, UNet2DConditionModel; epsilon or v prediction.
+
+The demo base is this family in another size.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from trainer.families import Cond, Models
+
+UNET_TARGETS = {
+    "attention": r"attentions\.\d+\..*\.(to_q|to_k|to_v|to_out\.0)",
+    "feed_forward": r".*\.ff\.net\.(0\.proj|2)",
+    "projections": r".*attentions\.\d+\.proj_(in|out)",
+    "convolutions": r".*(resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)|(down|up)samplers\.0\.conv)",
+}
+TEXT_TARGETS = {
+    "attention": r".*self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+    "feed_forward": r".*mlp\.fc[12]",
+}
+PREVIEW_PIXELS = 512 * 512  # at most this many pixels are sampled in one batch
+
+
+class SD1:
+    name = "sd1"
+    parts = ("unet", "text_1")
+
+    def native_resolution(self, source: Path) -> int:
+        """Side in pixels of the square that the base was made for, read from the UNet's configuration; 512 for single files."""
+        config = source / "unet" / "config.json"
+        if not config.is_file():
+            return 512
+        vae = json.loads((source / "vae" / "config.json").read_text(encoding="utf-8"))
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        return int(json.loads(config.read_text(encoding="utf-8"))["sample_size"]) * factor
+
+    def load(self, source: Path, dtype: torch.dtype, device: torch.device, prediction: str, attention: str) -> Models:
+        """Load a diffusers folder or a single `.safetensors` file, frozen, the UNet and text encoder cast to `dtype`.
+
+        The VAE stays float32: it runs once for each image. No safety checker is loaded.
+        """
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        if source.is_dir():
+            unet = UNet2DConditionModel.from_pretrained(source / "unet", torch_dtype=dtype)
+            text = CLIPTextModel.from_pretrained(source / "text_encoder", dtype=dtype)
+            vae = AutoencoderKL.from_pretrained(source / "vae", torch_dtype=torch.float32)
+            tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
+            scheduler = json.loads((source / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        else:
+            from trainer.formats.single_file import load_sd1
+
+            found = load_sd1(source, dtype)
+            unet, text, vae, tokenizer = found["unet"], found["text_encoder"], found["vae"].float(), found["tokenizer"]
+            scheduler = dict(found["scheduler"].config)
+        if attention == "xformers":
+            unet.enable_xformers_memory_efficient_attention()
+        unet.to(memory_format=torch.channels_last)
+        for module in (unet, text, vae):
+            module.requires_grad_(False).eval().to(device)
+        if prediction == "auto":
+            prediction = scheduler.get("prediction_type", "epsilon")
+        scheduler["prediction_type"] = prediction
+        alphas = DDPMScheduler.from_config(scheduler).alphas_cumprod.to(device=device, dtype=torch.float32)
+        return Models({"unet": unet, "text_1": text}, vae, tokenizer, scheduler, prediction, alphas, source.stem, device)
+
+    def targets(self, models: Models, part: str, kinds: Sequence[str]) -> list[str]:
+        """Module paths of `part` that `kinds` stand for, in the model's own order."""
+        table = UNET_TARGETS if part == "unet" else TEXT_TARGETS
+        patterns = [re.compile(table[k]) for k in kinds if k in table]
+        layers = (torch.nn.Linear, torch.nn.Conv2d)
+        modules = models.parts[part].named_modules()
+        return [n for n, m in modules if isinstance(m, layers) and any(p.search(n) and p.search(n).end() == len(n) for p in patterns)]
+
+    def tokenize(self, models: Models, captions: Sequence[str]) -> torch.Tensor:
+        """Token ids (N, T), padded and cut to the encoder's length."""
+        length = models.tokenizer.model_max_length
+        return models.tokenizer(list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
+
+    def encode_text(self, models: Models, tokens: torch.Tensor) -> Cond:
+        """Last hidden states, after the final layer norm (clip skip 1)."""
+        return Cond(models.parts["text_1"](tokens).last_hidden_state)
+
+    @torch.no_grad()
+    def encode(self, models: Models, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the scaled latents' distribution, each (B, C, H/8, W/8) float32."""
+        posterior = models.vae.encode(pixels.to(models.vae.dtype)).latent_dist
+        scale = models.vae.config.scaling_factor
+        return posterior.mean.float() * scale, posterior.std.float() * scale
+
+    def timesteps(self, models: Models, count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(len(models.alphas_cumprod), (count,), generator=generator, device=models.device)
+
+    def process(self, models: Models, latents: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(noisy latents, target) at `t`. DDPM (arXiv:2006.11239, eq. 4); v prediction (arXiv:2202.00512, appendix D)."""
+        a = models.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * latents + (1 - a).sqrt() * noise
+        target = noise if models.prediction == "epsilon" else a.sqrt() * noise - (1 - a).sqrt() * latents
+        return noisy, target
+
+    def weight(self, models: Models, t: torch.Tensor, min_snr_gamma: float | None) -> torch.Tensor:
+        """Loss weight (B,) at `t`: min-SNR (arXiv:2303.09556): min(snr, gamma) / snr, or / (snr + 1) for v prediction."""
+        if min_snr_gamma is None:
+            return torch.ones(t.shape, device=t.device)
+        a = models.alphas_cumprod[t]
+        snr = a / (1 - a)
+        return snr.clamp(max=min_snr_gamma) / (snr if models.prediction == "epsilon" else snr + 1)
+
+    def predict(self, models: Models, noisy: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        unet = models.parts["unet"]
+        dtype = unet.dtype
+        noisy = noisy.to(dtype=dtype, memory_format=torch.channels_last)
+        return unet(noisy, t, cond.hidden.to(dtype), return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        models: Models,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative: str,
+        steps: int,
+        guidance: float,
+        size: tuple[int, int],
+    ) -> list[Image.Image]:
+        """Pictures of `size` (width, height) by DPM-Solver++ (Karras sigmas), one for each prompt, each from its own seed on the CPU."""
+        from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+        pipe = StableDiffusionPipeline(
+            models.vae,
+            models.parts["text_1"],
+            models.tokenizer,
+            models.parts["unet"],
+            DPMSolverMultistepScheduler.from_config(models.scheduler, use_karras_sigmas=True),
+            None,
+            None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        vae_dtype = models.vae.dtype
+        batch = max(1, PREVIEW_PIXELS // (size[0] * size[1]))
+        images: list[Image.Image] = []
+        with models.borrow("text_1", "vae"):
+            for k in range(0, len(prompts), batch):
+                latents = pipe(
+                    list(prompts[k : k + batch]),
+                    negative_prompt=[negative] * len(prompts[k : k + batch]),
+                    generator=[torch.Generator().manual_seed(s) for s in seeds[k : k + batch]],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    width=size[0],
+                    height=size[1],
+                    output_type="latent",
+                ).images
+                pixels = models.vae.decode(latents.to(vae_dtype) / models.vae.config.scaling_factor, return_dict=False)[0]
+                images += pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+        return images

@@ -1,0 +1,177 @@
+"""The whole run on paper, before any model is loaded: images -> buckets, crops, visits, steps and the captions drawn.
+
+Free of torch, so that `--dry-run` and the GUI show exactly what the trainer will do: the trainer walks this plan.
+Every draw is a pure function of (seed, n), see trainer/randomness.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer import randomness
+from trainer.config import DataConfig, TrainConfig
+from trainer.data import captions
+from trainer.data.buckets import Placement, place
+from trainer.data.scan import Image, scan
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image in one step: index into `Plan.images`, mirrored or not, index into `Plan.captions`."""
+
+    image: int
+    flip: bool
+    caption: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        images: training images; placements: where each is cropped, in the same order.
+        held_out: images of the validation folders, with their placements.
+        steps: for each optimizer step the rows of its batch, all of one bucket.
+        captions: every caption that the steps will draw, once each.
+        resolution: side of the trained area's square in pixels.
+        warnings: sentences for the user.
+    """
+
+    images: tuple[Image, ...]
+    placements: tuple[Placement, ...]
+    held_out: tuple[Image, ...]
+    held_out_placements: tuple[Placement, ...]
+    steps: tuple[tuple[Row, ...], ...]
+    captions: tuple[str, ...]
+    resolution: int
+    warnings: tuple[str, ...]
+
+    def bucket(self, image: int) -> tuple[int, int]:
+        """(width, height) in pixels of an image's bucket."""
+        return self.placements[image].width, self.placements[image].height
+
+    def buckets(self) -> dict[tuple[int, int], int]:
+        """Number of training images for each bucket, largest first."""
+        return dict(Counter(self.bucket(k) for k in range(len(self.images))).most_common())
+
+
+def make(config: TrainConfig, native_resolution: int) -> Plan:
+    """Scan the folders and lay out the run. `native_resolution` is the base's own side in pixels.
+
+    Raises trainer.data.scan.DataError with every problem of the data at once.
+    """
+    found = scan(config.data)
+    resolution = config.dataset.resolution or native_resolution
+    step = config.dataset.bucket_step or (64 if resolution >= 256 else 8)
+    warnings = list(found.warnings)
+    kinds = [d.kind for d in config.data]
+    groups = {k: [i for i in found.images if kinds[i.source] == k] for k in ("train", "validation")}
+    placed = {
+        kind: tuple(
+            place(
+                [(i.width, i.height) for i in images],
+                resolution=resolution,
+                step=step,
+                max_aspect=config.dataset.max_aspect,
+                batch_size=config.train.batch_size,
+            )
+        )
+        for kind, images in groups.items()
+    }
+    images, placements = tuple(groups["train"]), placed["train"]
+    small = [(i, p) for i, p in zip(images, placements, strict=True) if p.scale > config.dataset.max_upscale]
+    if small:
+        worst = max(small, key=lambda pair: pair[1].scale)
+        warnings.append(
+            f"{len(small)} of {len(images)} images are enlarged by more than {config.dataset.max_upscale:g} times (most: {worst[0].path.name}, "
+            f"{worst[0].width}x{worst[0].height}, {worst[1].scale:.1f} times) and will look soft; use larger images or a smaller dataset.resolution."
+        )
+    held = {i.digest for i in groups["validation"]}
+    both = [i.path.name for i in images if i.digest in held]
+    if both:
+        warnings.append(f"{len(both)} images are both trained and held out ({both[0]}, ...); the held-out loss will look better than it is.")
+    rows = _order(config, images, placements)
+    known: dict[str, int] = {}
+    steps = tuple(_draw(config, n, batch, images, known) for n, batch in enumerate(rows))
+    return Plan(images, placements, tuple(groups["validation"]), placed["validation"], steps, tuple(known), resolution, tuple(warnings))
+
+
+def visits(config: TrainConfig, source: DataConfig) -> int:
+    return source.visits or config.train.visits
+
+
+def _order(config: TrainConfig, images: Sequence[Image], placements: Sequence[Placement]) -> list[list[int]]:
+    """Batches of image indices, one for each step.
+
+    In each bucket the images pass by in shuffled rounds, and the stream of rounds is cut into batches, so that only the
+    bucket's last batch may be short; a bucket with fewer images than the batch has batches of that size. The buckets'
+    batches are then spread evenly over the run.
+    """
+    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for k, p in enumerate(placements):
+        buckets[p.width, p.height].append(k)
+    placed: list[tuple[float, int, list[int]]] = []
+    for b, (_, members) in enumerate(sorted(buckets.items())):
+        times = {k: visits(config, config.data[images[k].source]) for k in members}
+        longest = max(times.values())
+        stream: list[int] = []
+        for turn in range(longest):
+            due = [k for k in members if (turn + 1) * times[k] // longest > turn * times[k] // longest]
+            randomness.host(config.train.seed, turn, f"order {b}").shuffle(due)
+            stream += due
+        size = min(config.train.batch_size, len(members))
+        batches = [stream[k : k + size] for k in range(0, len(stream), size)]
+        jitter = randomness.host(config.train.seed, b, "interleave")
+        placed += [((k + jitter.random()) / len(batches), b, batch) for k, batch in enumerate(batches)]
+    return [batch for _, _, batch in sorted(placed, key=lambda entry: entry[:2])]
+
+
+def _draw(config: TrainConfig, n: int, batch: Sequence[int], images: Sequence[Image], known: dict[str, int]) -> tuple[Row, ...]:
+    flips, words = randomness.host(config.train.seed, n, "flip"), randomness.host(config.train.seed, n, "caption")
+    rows = []
+    for k in batch:
+        text = captions.draw(images[k].caption, config.data[images[k].source].trigger, config.dataset, words)
+        rows.append(Row(k, config.dataset.flip and flips.random() < 0.5, known.setdefault(text, len(known))))
+    return tuple(rows)
+
+
+def preview_prompts(config: TrainConfig, images: Sequence[Image]) -> tuple[str, ...]:
+    """The prompts of the sample images: the user's, or four made from the data.
+
+    A training caption; the trigger in a new place; the trigger in another form; and one without the trigger, which shows
+    what the LoRA does to everything else.
+    """
+    if config.preview.prompts:
+        return config.preview.prompts
+    source = config.data[images[0].source]
+    subject = " ".join(w for w in (source.trigger, source.class_word) if w)
+    first = max((i.caption for i in images), key=len)
+    if not subject:
+        others = [i.caption for i in images if i.caption != first]
+        return tuple(dict.fromkeys([first, *others[:1], "a photo of a cat", "a house by the sea"]))
+    plain = source.class_word or "a house by the sea"
+    return first, f"{subject} on a beach", f"a drawing of {subject}", f"{plain} on a beach"
+
+
+def factor(config: TrainConfig, n: int, total: int) -> float:
+    """The learning rate's factor in [0, 1] at step `n` (counted from 0) of `total`."""
+    schedule = config.schedule
+    warm = round(schedule.warmup * total)
+    if n < warm:
+        return (n + 1) / (warm + 1)
+    done = (n - warm) / max(1, total - warm)
+    if schedule.kind == "constant":
+        return 1.0
+    if schedule.kind == "linear":
+        return 1 - done * (1 - schedule.floor)
+    if schedule.kind == "cosine_restarts":
+        done = done * schedule.restarts % 1.0
+    return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def stop_step(stop: float, total: int) -> int:
+    """The first step that no longer trains a part whose share of the run is `stop`."""
+    return total if stop >= 1 else max(1, round(stop * total))

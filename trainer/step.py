@@ -1,0 +1,172 @@
+"""One training step as tensor work: gradients of a batch, then the update. Nothing here waits for the device.
+
+`grads` adds the gradient of a micro-batch into the parameters' static `.grad` buffers; `update` reduces them over the
+processes, clips, and lets the optimizer step. Everything drawn comes from one generator that is seeded by (seed, n).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from trainer import optimizers, randomness
+from trainer.adapters import Adapter
+from trainer.config import TrainConfig
+from trainer.families import Cond, Family, Models
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one bucket. `mean`, `std`: (B, C, h, w) of the latents; `cond` or `tokens` (B, T); `weight` (B,) in the loss."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    weight: torch.Tensor
+    cond: Cond | None
+    tokens: torch.Tensor | None
+
+    def rows(self, index: torch.Tensor, valid: torch.Tensor) -> Batch:
+        """Rows `index`, those that are not `valid` (an empty slot of a process) with weight 0."""
+        take = [x.index_select(0, index) for x in (self.mean, self.std)]
+        tokens = None if self.tokens is None else self.tokens.index_select(0, index)
+        return Batch(*take, self.weight.index_select(0, index) * valid, self.cond and self.cond.rows(index), tokens)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn on the device for the whole batch of a step; every process and micro-batch takes its rows."""
+
+    posterior: torch.Tensor
+    noise: torch.Tensor
+    t: torch.Tensor
+
+    def rows(self, index: torch.Tensor) -> Draws:
+        return Draws(*(x.index_select(0, index) for x in (self.posterior, self.noise, self.t)))
+
+
+class LossScale:
+    """Dynamic loss scale for fp16, kept on the device: halved on an overflow, doubled after 1,000 steps without one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.tensor(2.0**14, device=device)
+        self.good = torch.zeros((), device=device)
+
+    def update(self, finite: torch.Tensor) -> None:
+        self.good.copy_(torch.where(finite, self.good + 1, 0.0))
+        grow = self.good >= 1000
+        self.scale.copy_(torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale * 0.5).clamp(1.0, 2.0**24))
+        self.good.copy_(torch.where(grow, 0.0, self.good))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"scale": self.scale, "good": self.good}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        self.scale.copy_(state["scale"])
+        self.good.copy_(state["good"])
+
+
+class Step:
+    """The arithmetic of a run: family, adapter and optimizer put together.
+
+    Args:
+        rates: peak learning rate of each trained part; stops: the first step that no longer trains it.
+        reduce: sums a list of tensors over all processes, in place.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        family: Family,
+        models: Models,
+        adapter: Adapter,
+        optimizer: torch.optim.Optimizer,
+        stops: dict[str, int],
+        reduce: Callable[[list[torch.Tensor]], None] | None = None,
+        fp16: bool = False,
+    ) -> None:
+        self.config, self.family, self.models, self.adapter, self.optimizer = config, family, models, adapter, optimizer
+        self.stops, self.reduce = stops, reduce
+        self.generator = torch.Generator(models.device)
+        self.scale = LossScale(models.device) if fp16 else None
+        self.loss = torch.zeros((), device=models.device)  # of the current step, then of all steps since it was read
+        self.total = torch.zeros((), device=models.device)
+        self.peak = {group["part"]: float(group["lr"]) for group in optimizer.param_groups}
+        self.buffers = {p: torch.zeros_like(p) for part in stops for p in adapter.parameters(part)}
+
+    def active(self, n: int) -> list[str]:
+        """The parts that step `n` trains."""
+        return [part for part, stop in self.stops.items() if n < stop]
+
+    def begin(self, n: int, batch: Batch) -> Draws:
+        """Zero the gradients, freeze the parts that have stopped, and draw for step `n`."""
+        active = set(self.active(n))
+        for part in self.stops:
+            for p in self.adapter.parameters(part):
+                p.requires_grad_(part in active)
+                p.grad = self.buffers[p] if part in active else None
+        torch._foreach_zero_(list(self.buffers.values()))
+        self.loss.zero_()
+        self.generator.manual_seed(randomness.key(self.config.train.seed, n, "device"))
+        shape, g, device = batch.mean.shape, self.generator, self.models.device
+        posterior = torch.randn(shape, generator=g, device=device)
+        noise = torch.randn(shape, generator=g, device=device)
+        if self.config.loss.noise_offset:
+            noise = noise + self.config.loss.noise_offset * torch.randn((*shape[:2], 1, 1), generator=g, device=device)
+        return Draws(posterior, noise, self.family.timesteps(self.models, shape[0], g))
+
+    def grads(self, n: int, batch: Batch, draws: Draws, total_weight: torch.Tensor, dropout_key: str = "") -> None:
+        """Add the gradient of sum(weight * loss) / `total_weight` over these rows."""
+        torch.manual_seed(randomness.key(self.config.train.seed, n, f"default {dropout_key}"))
+        models, family = self.models, self.family
+        latents = batch.mean + batch.std * draws.posterior
+        noisy, target = family.process(models, latents, draws.noise, draws.t)
+        cond = batch.cond
+        if cond is None:
+            with torch.set_grad_enabled(any(p != "unet" for p in self.active(n))):
+                cond = family.encode_text(models, batch.tokens)
+        error = (family.predict(models, noisy, draws.t, cond) - target).square().mean((1, 2, 3))
+        weight = batch.weight * family.weight(models, draws.t, self.config.loss.min_snr_gamma)
+        loss = (error * weight).sum() / total_weight
+        (loss * self.scale.scale if self.scale else loss).backward()
+        self.loss += loss.detach()
+
+    def update(self, n: int, factor: float) -> None:
+        """Reduce, unscale, clip and step; the rate of each part is its peak times `factor`."""
+        params = [p for part in self.active(n) for p in self.adapter.parameters(part)]
+        grads = [p.grad for p in params]
+        if self.reduce:
+            self.reduce([*grads, self.loss])
+        if self.scale:
+            torch._foreach_div_(grads, self.scale.scale)
+        limit = self.config.train.max_grad_norm
+        norm = torch.nn.utils.get_total_norm(grads) if limit or self.scale else None
+        if limit:
+            torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
+        for group in self.optimizer.param_groups:
+            optimizers.set_rate(group, self.peak[group["part"]] * factor)
+        if self.scale:
+            self._step_if_finite(params, torch.isfinite(norm))
+        else:
+            self.optimizer.step()
+        self.total += self.loss
+
+    def _step_if_finite(self, params: list[torch.nn.Parameter], finite: torch.Tensor) -> None:
+        """Step, then put back the parameters and the optimizer's tensors if the gradients had overflowed."""
+        grads = [p.grad for p in params]
+        for g in grads:
+            g.copy_(torch.where(finite, g, 0.0))
+        known = [*params, *(v for p in params for v in self.optimizer.state.get(p, {}).values() if isinstance(v, torch.Tensor))]
+        before = [x.detach().clone() for x in known]
+        self.optimizer.step()
+        with torch.no_grad():
+            for now, old in zip(known, before, strict=True):
+                now.copy_(torch.where(finite.to(now.device), now, old))
+        self.scale.update(finite)
+
+    def read_loss(self, steps: int) -> float:
+        """Mean loss since the last call. This one waits for the device."""
+        value = float(self.total) / max(1, steps)
+        self.total.zero_()
+        return value
