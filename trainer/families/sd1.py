@@ -25,7 +25,15 @@ TEXT_TARGETS = {
     "attention": r".*self_attn\.(q_proj|k_proj|v_proj|out_proj)",
     "feed_forward": r".*mlp\.fc[12]",
 }
+CONFIGS = Path(__file__).resolve().parents[2] / "assets" / "models" / "sd1"
 PREVIEW_PIXELS = 512 * 512  # at most this many pixels are sampled in one batch
+
+
+def _targets(model: torch.nn.Module, part: str, kinds: Sequence[str]) -> list[str]:
+    table = UNET_TARGETS if part == "unet" else TEXT_TARGETS
+    patterns = [re.compile(rf"(.*\.)?{table[k]}") for k in kinds if k in table]
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    return [n for n, m in model.named_modules() if isinstance(m, layers) and any(p.fullmatch(n) for p in patterns)]
 
 
 class SD1:
@@ -74,11 +82,24 @@ class SD1:
 
     def targets(self, models: Models, part: str, kinds: Sequence[str]) -> list[str]:
         """Module paths of `part` that `kinds` stand for, in the model's own order."""
-        table = UNET_TARGETS if part == "unet" else TEXT_TARGETS
-        patterns = [re.compile(table[k]) for k in kinds if k in table]
-        layers = (torch.nn.Linear, torch.nn.Conv2d)
-        modules = models.parts[part].named_modules()
-        return [n for n, m in modules if isinstance(m, layers) and any(p.search(n) and p.search(n).end() == len(n) for p in patterns)]
+        return _targets(models.parts[part], part, kinds)
+
+    def count(self, source: Path, kinds: Sequence[str], rank: int) -> dict[str, tuple[int, int]]:
+        """(layers, adapter parameters) for each part, from the configurations alone: no weight is read."""
+        from accelerate import init_empty_weights
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        folder = source if source.is_dir() else CONFIGS
+        with init_empty_weights():
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+            text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+        out = {}
+        for part, model in (("unet", unet), ("text_1", text)):
+            modules = dict(model.named_modules())
+            shapes = [modules[p].weight.shape for p in _targets(model, part, kinds)]
+            out[part] = len(shapes), sum(min(rank, *s[:2]) * (s[0] + s[1:].numel()) for s in shapes)
+        return out
 
     def tokenize(self, models: Models, captions: Sequence[str]) -> torch.Tensor:
         """Token ids (N, T), padded and cut to the encoder's length."""

@@ -1,0 +1,235 @@
+"""python -m trainer train | generate | inspect | convert | probe"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+class Terminal:
+    """A run's events as lines and a progress bar."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.total = 0
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        from tqdm import tqdm
+
+        kind = event["type"]
+        if kind == "started":
+            self.total = event["total"]
+            self.say(f"{event['images']} images, {event['total']} steps, on {event['device']} in {event['dtype']}.")
+        elif kind == "stage":
+            names = {"loading": "Loading the base model ...", "encoding": "Encoding images and captions ..."}
+            if event["name"] in names:
+                self.say(names[event["name"]])
+            if event["name"] == "training":
+                layout = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps {postfix}"
+                self.bar = tqdm(total=self.total, bar_format=layout, dynamic_ncols=True, mininterval=0)
+        elif kind == "step" and self.bar is not None:
+            eta = time.strftime("%H:%M:%S", time.gmtime(event["eta_s"]))
+            self.bar.set_postfix_str(f"loss {event['loss']:.4f}, {event['images_per_s']:.2f} images/s, {eta} left", refresh=False)
+            self.bar.update(event["step"] - self.bar.n)
+        elif kind == "resumed" and event["step"]:
+            self.say(f"Resuming after step {event['step']}.")
+        elif kind == "warning":
+            self.say(f"Note: {event['text']}")
+        elif kind == "validation":
+            held = f", held out {event['held_out']:.4f}" if event["held_out"] is not None else ""
+            self.say(f"Step {event['step']}: loss on fixed noise {event['train']:.4f}{held}")
+        elif kind == "exported":
+            modules = ", ".join(f"{n} {part} layers" for part, n in event["modules"].items())
+            self.say(f"Saved {event['file']} ({event['bytes'] / 1e6:.1f} MB, {modules}), read back and checked.")
+        if kind in ("finished", "stopped", "failed") and self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _train(args: argparse.Namespace) -> int:
+    from trainer import run
+    from trainer.config.load import load
+    from trainer.run_dir import RunDir, default_run_dir
+
+    path = args.config
+    if path is None and args.run_dir and RunDir(args.run_dir).config.exists():
+        path = RunDir(args.run_dir).config
+    if path is None and not args.preset and not args.set:
+        raise ValueError("Nothing to train: give a configuration file, or --preset and --set, or the --run-dir of a run to resume.")
+    config = load(path, preset=args.preset, assignments=args.set)
+    terminal = Terminal()
+    if args.dry_run:
+        return _dry_run(config, as_json=args.json)
+    outcome, folder = run.train(config, args.run_dir or default_run_dir(config.output.name), resume=args.resume, show=terminal)
+    if outcome == "stopped":
+        print(f"Stopped. Go on with: python launch.py train --run-dir {json.dumps(str(folder.root))} --resume")
+        return 130
+    print(f"Finished: {folder.lora(config.output.name)}")
+    return 0
+
+
+def _dry_run(config: Any, as_json: bool) -> int:
+    from trainer import families, plan, run
+    from trainer.hardware import choose
+
+    hardware = choose(config.train.device, config.train.dtype, config.train.attention)
+    ready = run.prepare(config, print)
+    total = len(ready.plan.steps)
+    counted = families.get(ready.family).count(ready.source, config.adapter.targets, config.adapter.rank)
+    parts = {
+        name: {"layers": layers, "parameters": size, "learning_rate": part.learning_rate, "steps": plan.stop_step(part.stop, total)}
+        for name, (layers, size) in counted.items()
+        if (part := getattr(config.part, name)).train
+    }
+    found = {
+        "base": str(ready.source),
+        "family": ready.family,
+        "images": len(ready.plan.images),
+        "held_out": len(ready.plan.held_out),
+        "buckets": [[w, h, n] for (w, h), n in ready.plan.buckets().items()],
+        "cropped": {i.path.name: round(1 - p.kept, 3) for i, p in zip(ready.plan.images, ready.plan.placements, strict=True) if p.kept < 0.995},
+        "steps": total,
+        "visits": sum(len(rows) for rows in ready.plan.steps) / len(ready.plan.images),
+        "captions": len(ready.plan.captions),
+        "parts": parts,
+        "device": hardware.name,
+        "dtype": hardware.dtype,
+        "reasons": hardware.reasons,
+        "warnings": [*([hardware.warning] if hardware.warning else []), *ready.plan.warnings],
+        "prompts": plan.preview_prompts(config, ready.plan.images),
+    }
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return 0
+    if hardware.warning:
+        print(f"Note: {hardware.warning}")
+    print(f"Base      {found['base']} ({found['family']})")
+    print(f"Images    {found['images']} to train, {found['held_out']} held out")
+    for w, h, n in found["buckets"]:
+        print(f"  bucket  {w} x {h}: {n}")
+    for name, share in found["cropped"].items():
+        print(f"  crop    {name} loses {share:.0%}")
+    print(f"Steps     {total} of up to {config.train.batch_size} images, {found['visits']:.4g} visits to each image, {len(ready.plan.captions)} captions")
+    for name, part in parts.items():
+        print(
+            f"Part      {name}: {part['layers']} layers, {part['parameters']:,} parameters, learning rate {part['learning_rate']:g}, "
+            f"{part['steps']} steps"
+        )
+    print(f"Device    {hardware.name}, {hardware.dtype}, {hardware.attention}")
+    for reason in hardware.reasons:
+        print(f"  {reason}")
+    for text in ready.plan.warnings:
+        print(f"Note: {text}")
+    return 0
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from trainer.hardware import probe
+
+    print(json.dumps(probe(), indent=1, ensure_ascii=False))
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from trainer.tools.inspect import format_text, inspect
+
+    found = inspect(args.file)
+    print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else format_text(found))
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from trainer.tools.convert import convert
+
+    convert(args.source, args.target, args.naming)
+    print(f"Saved {args.target}")
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from trainer.generate import generate
+
+    for path in generate(
+        args.base, args.prompt, lora=args.lora, strength=args.strength, seed=args.seed, steps=args.steps, guidance=args.guidance,
+        negative=args.negative, size=(args.width, args.height), out=args.out, device=args.device,
+    ):  # fmt: skip
+        print(path)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m trainer", description="Train, try, inspect and convert LoRAs.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    p = commands.add_parser("train", help="train a LoRA from a configuration file")
+    p.add_argument("config", nargs="?", type=Path, help=".toml or .json file; see README")
+    p.add_argument("--preset", help="settings to start from, like sd1/balanced (the file's own settings win)")
+    p.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting; may be repeated")
+    p.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/DATE-NAME)")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --run-dir")
+    p.add_argument("--dry-run", action="store_true", help="show what would be done, train nothing")
+    p.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
+    p.set_defaults(call=_train)
+
+    p = commands.add_parser("generate", help="make pictures with a base and a LoRA")
+    p.add_argument("prompt", nargs="+")
+    p.add_argument("--base", default="demo", help="as model.source")
+    p.add_argument("--lora", type=Path)
+    p.add_argument("--strength", type=float, default=1.0)
+    p.add_argument("--negative", default="")
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--guidance", type=float, default=7.0)
+    p.add_argument("--width", type=int)
+    p.add_argument("--height", type=int)
+    p.add_argument("--device", default="auto")
+    p.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures")
+    p.set_defaults(call=_generate)
+
+    p = commands.add_parser("inspect", help="say what a model or LoRA file is")
+    p.add_argument("file", type=Path)
+    p.add_argument("--json", action="store_true")
+    p.set_defaults(call=_inspect)
+
+    p = commands.add_parser("convert", help="rename a LoRA file's keys for other tools")
+    p.add_argument("source", type=Path)
+    p.add_argument("target", type=Path)
+    p.add_argument("--naming", choices=("kohya", "peft"), required=True)
+    p.set_defaults(call=_convert)
+
+    p = commands.add_parser("probe", help="print this machine's hardware and versions as JSON")
+    p.set_defaults(call=_probe)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        return args.call(args)
+    except KeyboardInterrupt:
+        print("Stopped at once.", file=sys.stderr)
+        return 130
+    except ValueError as error:
+        if type(error) is ValueError or type(error).__module__.startswith("trainer"):
+            print(f"Error: {error}", file=sys.stderr)
+            return 1
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

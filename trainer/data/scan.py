@@ -1,0 +1,227 @@
+"""What the folders hold: every image, proven to decode, with its caption. Nothing is written.
+
+Images of a folder and of the folders in it count, in the order of their names; hidden ones and masks
+(`*-masklabel.png`) don't. The caption of `a.png` stands in `a.png.txt`, `a.txt` or `a.caption`, the first that exists.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL.Image
+
+from trainer.config import DataConfig
+from trainer.data.captions import with_trigger
+from trainer.data.images import DAMAGED, FORMATS, PIXEL_LIMIT, SIDEWAYS, turn
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", *((".avif",) if "AVIF" in FORMATS else ()))
+_KNOWN = ".avif .gif .tif .tiff .heic .heif .jfif .jp2 .jxl .psd .tga .svg .dng .cr2 .cr3 .nef .arw"
+OTHER_SUFFIXES = frozenset(_KNOWN.split()) - {*SUFFIXES}  # images that are named in a warning, not read
+LEAST_SIDE = 16
+_MASK = "-masklabel.png"
+
+
+class DataError(ValueError):
+    """The folders cannot be trained on; `problems` has a sentence for each thing wrong, over all folders."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image that decodes, and its caption."""
+
+    path: Path
+    digest: str  # SHA-256 of the file, 64 hex digits
+    width: int  # in pixels, upright (after EXIF rotation)
+    height: int
+    caption: str  # with the trigger in it; before dropout and shuffling; may be empty
+    source: int  # index of its folder in config.data
+    has_caption: bool  # False if there is no text beside the image, so that trigger and class word stand in
+
+
+@dataclass(frozen=True)
+class Scan:
+    images: tuple[Image, ...]
+    warnings: tuple[str, ...]  # a sentence each
+
+
+def scan(data: Sequence[DataConfig], *, kind: str | None = None) -> Scan:
+    """Every image of the folders in `data`, or of those whose kind is `kind`, folder by folder.
+
+    Each image is decoded once, in threads. Raises DataError with all problems of all folders and files at once.
+    """
+    problems: list[str] = []
+    warnings: list[str] = []
+    found: list[tuple[int, Path, str, bool]] = []
+    for source, entry in enumerate(data):
+        if kind in (None, entry.kind):
+            captioned = _read_folder(entry, f"data.{source + 1}.folder", problems, warnings)
+            found += [(source, *each) for each in captioned]
+    images = []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        inspected = pool.map(_inspect, [path for _, path, _, _ in found])
+        for (source, path, caption, has_caption), result in zip(found, inspected, strict=True):
+            if isinstance(result, str):
+                problems.append(f"{path} {result}")
+            else:
+                images.append(Image(path, *result, caption, source, has_caption))
+    if problems:
+        raise DataError(problems)
+    return Scan(tuple(images), tuple(warnings))
+
+
+def _read_folder(entry: DataConfig, field: str, problems: list[str], warnings: list[str]) -> list[tuple[Path, str, bool]]:
+    """(path, caption, has_caption) of each image of a folder; what is wrong or odd is added to the lists."""
+    folder = entry.folder.expanduser()
+    files = _list_files(folder, field, problems)
+    if files is None:
+        return []
+    where = f"{field} ({folder})"
+    paths = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.lower().endswith(_MASK)]
+    other = [f for f in files if f.suffix.lower() in OTHER_SUFFIXES]
+    convert = f"{len(other)} files are of a kind that is not read: {_names(other, folder)}. Convert them to .png or .jpg." if other else ""
+    if paths and other:
+        warnings.append(f"{where}: {convert}")
+    if not paths:
+        looked = f"{where} has no image ({' '.join(SUFFIXES)}) in it or in the folders inside it."
+        problems.append(f"{looked} {convert or 'Put some there or name another folder.'}")
+
+    sidecars = _sidecars(paths, files)
+    sharing: dict[Path, list[Path]] = defaultdict(list)
+    for path, sidecar in sidecars.items():
+        sharing[sidecar].append(path)
+    texts: dict[Path, str] = {}
+    not_utf8 = []
+    for sidecar, images in sharing.items():
+        if len(images) > 1:
+            own = ", ".join(f"{image.name}.txt" for image in images)
+            warnings.append(
+                f"{where}: {_names(images, folder)} share the caption in {sidecar.name}. If that is wrong, give each its own: {own}."
+            )
+        try:
+            texts[sidecar], utf8 = _decode(sidecar.read_bytes())
+        except OSError as error:
+            problems.append(f"{sidecar} cannot be read ({error.strerror}); make the file readable for you.")
+            continue
+        if not utf8:
+            not_utf8.append(sidecar)
+    if not_utf8:
+        warnings.append(
+            f"{where}: captions that are not UTF-8 were read as Latin-1 (or UTF-16 where so marked): {_names(not_utf8, folder)}. "
+            f"Save them as UTF-8 if letters are wrong."
+        )
+
+    trigger, class_word = " ".join(entry.trigger.split()), " ".join(entry.class_word.split())
+    captioned = []
+    for path in paths:
+        text = texts.get(sidecars.get(path), "")
+        captioned.append((path, with_trigger(text, trigger, class_word), bool(text)))
+    if empty := [path for path, caption, _ in captioned if not caption]:
+        warnings.append(
+            f"{where}: {len(empty)} of {len(paths)} images have an empty caption: {_names(empty, folder)}. "
+            f"Write one into a .txt file of the same name, or set trigger or class_word of this folder."
+        )
+    return captioned
+
+
+def _list_files(folder: Path, field: str, problems: list[str]) -> list[Path] | None:
+    """Every file that isn't hidden, sorted; None if the folder itself cannot be listed. Linked folders are followed."""
+
+    def failed(error: OSError) -> None:
+        if Path(error.filename) != folder:
+            problems.append(
+                f"{error.filename} cannot be opened ({error.strerror}); make the folder readable for you, or move it elsewhere."
+            )
+        elif isinstance(error, FileNotFoundError):
+            problems.append(f"{field} is {folder}, which does not exist; give the path of a folder with images.")
+        elif isinstance(error, NotADirectoryError):
+            problems.append(f"{field} is {folder}, which is a file; give the folder that it is in.")
+        else:
+            problems.append(f"{field} is {folder}, which cannot be opened ({error.strerror}); make it readable for you.")
+
+    files: list[Path] = []
+    visited: set[Path] = set()  # a link may lead back up
+    for root, folders, names in os.walk(folder, onerror=failed, followlinks=True):
+        real = Path(root).resolve()
+        folders[:] = [] if real in visited else sorted(name for name in folders if not name.startswith("."))
+        if real not in visited:
+            files += [Path(root, name) for name in names if not name.startswith(".")]
+        visited.add(real)
+    return sorted(files, key=lambda path: path.parts) if visited else None
+
+
+def _sidecars(paths: Sequence[Path], files: Sequence[Path]) -> dict[Path, Path]:
+    """The caption file of each image that has one. Letters' case in endings and composed accents (macOS) don't matter."""
+
+    def key(path: Path, name: str) -> tuple[Path, str]:
+        return path.parent, unicodedata.normalize("NFC", name)
+
+    texts = {key(f, f.stem + f.suffix.lower()): f for f in files if f.suffix.lower() in (".txt", ".caption")}
+    found = {}
+    for path in paths:
+        for name in (f"{path.name}.txt", f"{path.stem}.txt", f"{path.stem}.caption"):
+            if sidecar := texts.get(key(path, name)):
+                found[path] = sidecar
+                break
+    return found
+
+
+def _decode(raw: bytes) -> tuple[str, bool]:
+    """A caption's bytes as text on one line with single spaces, and whether they were UTF-8."""
+    try:
+        text, utf8 = raw.decode("utf-8-sig"), True
+    except UnicodeDecodeError:
+        marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text, utf8 = raw.decode("utf-16" if marked else "cp1252", errors="replace"), False
+    return " ".join(text.split()), utf8
+
+
+def _inspect(path: Path) -> tuple[str, int, int] | str:
+    """SHA-256, upright width and height of an image that decodes; else the rest of a sentence that begins with its path."""
+    try:
+        if not path.is_file():
+            return "is no file (a link to nothing?); remove it, or put the image there."
+        with path.open("rb") as file:
+            if not path.stat().st_size:
+                return "is empty (0 bytes); copy it again or remove it."
+            with PIL.Image.open(file, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > PIXEL_LIMIT:
+                    return _too_large(f"{width} x {height} = {width * height:,}")
+                if min(width, height) < LEAST_SIDE:
+                    return f"is {width} x {height} pixels; each side must be at least {LEAST_SIDE}. Use a larger version or remove it."
+                image.draft(image.mode, (1, 1))  # a JPEG may decode to an eighth: every byte is read, in half the time
+                image.load()
+                if turn(image) in SIDEWAYS:
+                    width, height = height, width
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").hexdigest(), width, height
+    except PIL.UnidentifiedImageError:
+        return f"holds no image of a kind that is read ({', '.join(FORMATS)}), whatever its name says; save it as .png, or remove it."
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        return _too_large(next(iter(re.findall(r"\d+", str(error)))))
+    except DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            return f"cannot be read ({error.strerror}); check its permissions and the disk."
+        return f"is damaged or cut off ({error}); copy it again, or remove it."
+
+
+def _too_large(pixels: str) -> str:
+    return f"has {pixels} pixels; at most {PIXEL_LIMIT:,} are allowed. Make it smaller; it is trained at far fewer."
+
+
+def _names(paths: Sequence[Path], folder: Path) -> str:
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,45 @@
+"""The processes of one run, by accelerate: who writes, who takes which rows, and sums over all of them."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Processes:
+    """`size` processes, of which this is `rank`; rank 0 writes every file. One process needs no launcher and pays nothing."""
+
+    def __init__(self, device: str) -> None:
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
+        self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.rank == 0
+
+    def reduce(self, tensors: list[torch.Tensor]) -> None:
+        """Sum `tensors` (one dtype) over the processes, in place, as one message."""
+        flat = self.accelerator.reduce(torch.cat([t.flatten() for t in tensors]), reduction="sum")
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def agree(self, flag: int) -> int:
+        """Rank 0's `flag` (a small integer) on every process."""
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([flag])[0] if self.size > 1 else flag
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def rows(self, batch: int, accumulation: int) -> list[tuple[list[int], list[float]]]:
+        """This process's micro-batches of a step's `batch` rows: (row indices, 1 for a row and 0 for an empty slot).
+
+        All micro-batches of a step have one size on every process; what does not divide is filled with empty slots.
+        """
+        parts = min(accumulation, -(-batch // self.size))
+        size = -(-batch // (self.size * parts))
+        start = self.rank * parts * size
+        out = []
+        for k in range(start, start + parts * size, size):
+            index = range(k, k + size)
+            out.append(([i if i < batch else 0 for i in index], [float(i < batch) for i in index]))
+        return out

@@ -1,0 +1,331 @@
+"""One run in order: check, plan, load, encode, attach, optimize, fit, export. The command line and the GUI both end here."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+from trainer import events, plan, randomness
+from trainer.config import TrainConfig
+from trainer.families import sources
+from trainer.hardware import Hardware, choose
+from trainer.run_dir import Lock, RunDir, RunError, write_json
+
+# Two runs are the same for resuming when they differ in nothing but these: what is looked at, not what is learnt.
+MAY_DIFFER = {"preview": None, "validation": None, "output": {"save_every", "checkpoint_every", "keep_checkpoints", "title", "author", "description", "license"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run that has passed every check that needs no model."""
+
+    config: TrainConfig
+    source: Path
+    family: str
+    plan: plan.Plan
+
+
+def prepare(config: TrainConfig, say: Callable[[str], None]) -> Prepared:
+    """Resolve the base and lay out the data. Raises ValueError (its subclasses) with every problem in sentences."""
+    from trainer import families
+
+    path = sources.resolve(config.model.source, say)
+    family = sources.family_of(path, config.model.family)
+    return Prepared(config, path, family, plan.make(config, families.get(family).native_resolution(path)))
+
+
+def train(
+    config: TrainConfig, root: Path, *, resume: bool = False, show: Callable[[dict[str, Any]], None] = lambda event: None
+) -> tuple[str, RunDir]:
+    """Train in the folder `root`. Returns ("finished" or "stopped", the folder); `show` sees every event.
+
+    Raises ValueError with a sentence for anything that the user can mend; it also stands in the run's `failed` event.
+    """
+    from trainer.processes import Processes
+
+    run, started = RunDir(root), time.time()
+    run.create()
+    hardware = choose(config.train.device, config.train.dtype, config.train.attention)
+    processes = Processes(hardware.device)
+    lock = Lock(run)
+    if processes.main:
+        lock.acquire()
+    emit: Callable[..., Any] = lambda type, **fields: None  # noqa: E731 (other processes than the first write nothing)
+    interrupted = _on_interrupt()
+    try:
+        if processes.main:
+            _check_folder(config, run, resume)
+            writer = events.Writer(run.events)
+
+            def emit(type: str, **fields: Any) -> None:
+                show(writer(type, **fields))
+
+        processes.barrier()
+        step = 0
+        try:
+            outcome, step = _train(config, run, hardware, processes, emit, resume, interrupted)
+        except Exception as error:
+            text = _explain(error)
+            emit("failed", step=step, seconds=round(time.time() - started, 1), text=text or f"{type(error).__name__}: {error}")
+            if text:
+                raise RunError(text) from error
+            raise
+        emit(outcome, step=step, seconds=round(time.time() - started, 1))
+        return outcome, run
+    finally:
+        interrupted.restore()
+        lock.release()
+
+
+def _train(
+    config: TrainConfig,
+    run: RunDir,
+    hardware: Hardware,
+    processes: Any,
+    emit: Callable[..., Any],
+    resume: bool,
+    interrupted: Callable[[], bool],
+) -> tuple[str, int]:
+    started = time.time()
+    if hardware.warning:
+        emit("warning", text=hardware.warning)
+
+    # 1. the data, and the run on paper
+    emit("stage", name="loading")
+    ready = prepare(config, lambda text: emit("warning", text=text))
+    for text in ready.plan.warnings:
+        emit("warning", text=text)
+    total = len(ready.plan.steps)
+    emit(
+        "started",
+        name=config.output.name,
+        total=total,
+        images=len(ready.plan.images),
+        buckets=[[w, h, n] for (w, h), n in ready.plan.buckets().items()],
+        device=hardware.name,
+        dtype=hardware.dtype,
+        reasons=list(hardware.reasons),
+    )
+
+    # 2. the base, frozen (these imports take seconds: only now)
+    import torch
+
+    from trainer import adapters, checkpoints, families, optimizers, preview, validation
+    from trainer.data.store import Store
+    from trainer.formats import kohya
+    from trainer.formats.export import export
+    from trainer.loop import Hooks, fit
+    from trainer.step import Step
+
+    if config.train.reproducible:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic = True
+    device = torch.device(hardware.device)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[hardware.dtype]
+    family = families.get(ready.family)
+    models = family.load(ready.source, dtype, device, config.model.prediction, config.train.attention)
+    parts = {name: getattr(config.part, name) for name in family.parts}
+    trained = {name: part for name, part in parts.items() if part.train}
+    text_trains = any(name != "unet" for name in trained)
+
+    # 3. latents and text, once
+    emit("stage", name="encoding")
+    store = Store(config, ready.plan, family, models, text_trains)
+    measures = _measures(config, ready.plan, family, models, text_trains, validation) if config.validation.enabled else {}
+    models.park("vae", *(p for p in family.parts if p != "unet" and not text_trains))
+
+    # 4. what is trained
+    stops = {name: plan.stop_step(part.stop, total) for name, part in trained.items()}
+    layers = kohya.layers(models.parts)
+    targets = {name: family.targets(models, name, config.adapter.targets) for name in trained}
+    targets = {name: paths for name, paths in targets.items() if paths}
+    stops = {name: stops[name] for name in targets}
+    if not targets:
+        raise ValueError(f"adapter.targets is {list(config.adapter.targets)}, which none of the trained parts has. Add attention.")
+    adapter = adapters.build(config.adapter, models.parts, targets, config.train.seed)
+    adapter.train(True)
+    for text in adapter.notes:
+        emit("warning", text=text)
+    if config.train.checkpointing:
+        models.parts["unet"].enable_gradient_checkpointing()
+    groups = [{"params": adapter.parameters(name), "lr": trained[name].learning_rate, "part": name} for name in targets]
+    optimizer = optimizers.build(config.optimizer, groups, device)
+    reduce = processes.reduce if processes.size > 1 else None
+    step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
+    objects = {"adapter": adapter, "optimizer": checkpoints.OptimizerState(optimizer)} | ({"loss_scale": step.scale} if step.scale else {})
+    last = run.last_checkpoint() if resume else None
+    start = checkpoints.load_checkpoint(last[1], objects) if last else 0
+    if resume:
+        emit("resumed", step=start)
+
+    # 5. what happens beside the steps
+    biggest = next(iter(ready.plan.buckets()))
+    prompts = plan.preview_prompts(config, ready.plan.images)
+
+    def do_preview(n: int) -> None:
+        if config.preview.enabled and processes.main:
+            emit("preview", step=n, images=preview.make(config, family, models, adapter, prompts, biggest, run, n), prompts=list(prompts))
+
+    def do_validate(n: int) -> None:
+        if measures and processes.main:
+            losses = {kind: round(m.measure(adapter), 6) for kind, m in measures.items()}
+            emit("validation", step=n, train=losses["train"], held_out=losses.get("held_out"))
+
+    def do_checkpoint(n: int) -> None:
+        if processes.main:
+            path = checkpoints.save_checkpoint(run, n, objects, config.output.keep_checkpoints)
+            emit("checkpoint", step=n, file=path.relative_to(run.root).as_posix())
+
+    def do_export(n: int, final: bool = False) -> None:
+        if processes.main:
+            facts = _facts(config, ready, models, trained, n, started)
+            target = run.lora(config.output.name, None if final else n)
+            done = export(
+                target, adapter.deltas(), family=family.name, naming=config.output.naming, dtype=config.output.dtype, facts=facts, layers=layers
+            )
+            for note in done.notes:
+                emit("warning", text=note)
+            emit("exported", step=n, file=target.name, bytes=done.bytes, modules=done.modules, final=final)
+
+    # 6. train
+    emit("stage", name="training")
+    if start == 0:
+        do_validate(0)
+        do_preview(0)
+    hooks = Hooks(do_validate, do_preview, do_checkpoint, do_export)
+    outcome, n = fit(config, ready.plan, store, step, processes, run, emit, hooks, start, interrupted)
+
+    # 7. keep it
+    emit("stage", name="exporting")
+    if n > start or not last:
+        do_checkpoint(n)
+    do_export(n, final=outcome == "finished")
+    if outcome == "finished":
+        do_validate(n)
+        do_preview(n)
+    processes.barrier()
+    return outcome, n
+
+
+def _measures(config: TrainConfig, laid: plan.Plan, family: Any, models: Any, text_trains: bool, validation: Any) -> dict[str, Any]:
+    """The fixed losses of a run: over training images (evenly chosen when there are many) and over the held-out ones."""
+    out = {}
+    for kind, images, placements in (("train", laid.images, laid.placements), ("held_out", laid.held_out, laid.held_out_placements)):
+        if images:
+            limit = min(len(images), config.validation.images) if kind == "train" else len(images)
+            chosen = sorted(randomness.host(config.train.seed, 0, "validation images").sample(range(len(images)), limit))
+            out[kind] = validation.FixedLoss(
+                family,
+                models,
+                [images[k] for k in chosen],
+                [placements[k] for k in chosen],
+                background=config.dataset.background,
+                draws=config.validation.draws,
+                seed=config.train.seed,
+                text_trains=text_trains,
+            )
+    return out
+
+
+def _facts(config: TrainConfig, ready: Prepared, models: Any, trained: dict[str, Any], steps: int, started: float) -> Any:
+    """What the exported file's metadata says of the run."""
+    from trainer.formats.metadata import Facts, Folder
+
+    folders = [
+        Folder(d.folder.name, len(captions), plan.visits(config, d), captions)
+        for k, d in enumerate(config.data)
+        if (captions := tuple(i.caption for i in ready.plan.images if i.source == k))
+    ]
+    return Facts(
+        base=models.name if ready.source != sources.DEMO else "LoRA Atelier demo base",
+        rank=config.adapter.rank,
+        alpha=config.adapter.alpha,
+        prediction=models.prediction,
+        learning_rates={name: part.learning_rate for name, part in trained.items()},
+        steps=steps,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        optimizer=config.optimizer.kind,
+        scheduler=config.schedule.kind,
+        resolution=ready.plan.resolution,
+        folders=tuple(folders),
+        buckets=ready.plan.buckets(),
+        trigger_words=tuple(dict.fromkeys(d.trigger for d in config.data if d.trigger)),
+        title=config.output.title,
+        author=config.output.author,
+        description=config.output.description,
+        license=config.output.license,
+        started_at=started,
+        finished_at=time.time(),
+    )
+
+
+def _check_folder(config: TrainConfig, run: RunDir, resume: bool) -> None:
+    """Write config.json and versions.json into a new folder, or make sure that a resumed one was made with the same settings."""
+    if resume:
+        if not run.config.exists():
+            raise RunError(f"There is no run to resume in {run.root}: config.json is missing. Start it without --resume.")
+        kept = TrainConfig.model_validate_json(run.config.read_text(encoding="utf-8"))
+        mine, theirs = (json.loads(c.model_dump_json(exclude=MAY_DIFFER)) for c in (config, kept))
+        for section, values in mine.items():
+            if values != theirs[section]:
+                raise RunError(
+                    f"The run in {run.root} was made with other settings in [{section}], so it cannot be resumed with these. "
+                    "Resume with its own config.json (train --run-dir DIR --resume), or start anew in another folder."
+                )
+    elif run.events.exists():
+        raise RunError(f"{run.root} already holds a run. Add --resume to go on with it, or choose another --run-dir.")
+    write_json(run.config, config.model_dump(mode="json"))
+    names = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow")
+    write_json(run.versions, {name: packages.version(name) for name in names})
+
+
+class _on_interrupt:
+    """Ctrl-C (and a polite kill) asks the run to end after its step; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked, self.before = False, {}
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[kind] = signal.signal(kind, self._handle)
+            except ValueError:  # not in the main thread: the caller handles signals
+                break
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def restore(self) -> None:
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
+
+
+def _explain(error: Exception) -> str | None:
+    """A sentence for an error that the user can mend, None for one that is ours."""
+    import torch
+
+    from trainer.loop import Diverged
+
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, Diverged):
+        return f"{error} Resume from the last checkpoint with a lower learning rate, or train with train.dtype = bf16 or fp32."
+    if isinstance(error, torch.OutOfMemoryError):
+        gc.collect()
+        return "The GPU's memory is full. Set train.checkpointing = true, or lower train.batch_size or dataset.resolution; other programs may be using it too."
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        return "The computer's memory is full. Close other programs, or lower train.batch_size or dataset.resolution."
+    return None

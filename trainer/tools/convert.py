@@ -1,0 +1,50 @@
+"""Rewrite a LoRA between kohya naming (A1111, Forge, ComfyUI and others) and PEFT naming (diffusers)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trainer.formats import FormatError, metadata, peft_names
+from trainer.formats.probe import identify
+from trainer.tools.inspect import read_lora
+
+
+def convert(src: Path, dst: Path, naming: str) -> list[str]:
+    """Write the LoRA at `src` to `dst` with `naming` (`kohya` or `peft`), in its own dtype, with its metadata and new hashes.
+
+    Returns notes on what the readers may miss (see `self_check.check`). Layers of zeros may be added: see `export.complete`.
+    Raises FormatError when `dst` exists, when `src` is no plain LoRA of a known family, or when it has that naming already.
+    """
+    from trainer.formats import export, self_check
+
+    src, dst = Path(src), Path(dst)
+    if naming not in export.NAMINGS:
+        raise FormatError(f"naming is {naming!r}; it must be one of {', '.join(export.NAMINGS)}.")
+    if dst.exists():
+        raise FormatError(f"{dst} exists already and is not overwritten. Choose another name or move it away.")
+    before, deltas = read_lora(src)
+    if before == naming:
+        raise FormatError(f"{src.name} has {naming} naming already. Choose the other one.")
+    entries, tensors = metadata.read_header(src)
+    family = identify(src).family or "sd1"
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    for d in deltas:  # a file shows the layers that it changes; those of the rest of the model are not known here
+        layers.setdefault(d.part, {})[d.path] = (d.tensors["up"].shape[0], *d.tensors["down"].shape[1:])
+    for part, parent in self_check.incomplete_attention(deltas):
+        square = next(shape for path, shape in layers[part].items() if path.startswith(parent + "."))
+        layers[part] |= {f"{parent}.{n}": square for n in self_check.TEXT_ATTENTION}
+    deltas, notes = export.complete(deltas, family, layers)
+    dtypes = {dtype for dtype, _ in tensors.values()}
+    dtype = next((n for n, t in {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}.items() if t in dtypes), "fp32")
+    state = {k: t.to(export.DTYPES[dtype]) for k, t in export.NAMINGS[naming](family, deltas).items()}
+    if not entries.get("ss_base_model_version"):
+        entries = metadata.VERSIONS[family] | entries
+    entries = {k: v for k, v in entries.items() if k != peft_names.CONFIGS}
+
+    def verify(part: Path) -> None:
+        if wrong := self_check.content_problems(part, family, deltas, layers):
+            raise FormatError(f"{src.name} could not be converted without loss: {wrong[0]} Convert from a file of higher precision.")
+        notes.extend(self_check.reader_problems(part, family, layers))
+
+    export.write(dst, export.serialise(state, entries), verify)
+    return notes
