@@ -89,7 +89,7 @@ def _dry_run(config: Any, as_json: bool) -> int:
 
     hardware = choose(config.train.device, config.train.dtype, config.train.attention)
     ready = run.prepare(config, print)
-    total = len(ready.plan.steps)
+    laid, total = ready.plan, len(ready.plan.steps)
     counted = families.get(ready.family).count(ready.source, config.adapter.targets, config.adapter.rank)
     parts = {
         name: {"layers": layers, "parameters": size, "learning_rate": part.learning_rate, "steps": plan.stop_step(part.stop, total)}
@@ -102,7 +102,7 @@ def _dry_run(config: Any, as_json: bool) -> int:
         "images": len(ready.plan.images),
         "held_out": len(ready.plan.held_out),
         "buckets": [[w, h, n] for (w, h), n in ready.plan.buckets().items()],
-        "cropped": {i.path.name: round(1 - p.kept, 3) for i, p in zip(ready.plan.images, ready.plan.placements, strict=True) if p.kept < 0.995},
+        "cropped": {i.path.name: round(1 - p.kept, 3) for i, p in zip(laid.images, laid.placements, strict=True) if p.kept < 0.995},
         "steps": total,
         "visits": sum(len(rows) for rows in ready.plan.steps) / len(ready.plan.images),
         "captions": len(ready.plan.captions),
@@ -124,7 +124,8 @@ def _dry_run(config: Any, as_json: bool) -> int:
         print(f"  bucket  {w} x {h}: {n}")
     for name, share in found["cropped"].items():
         print(f"  crop    {name} loses {share:.0%}")
-    print(f"Steps     {total} of up to {config.train.batch_size} images, {found['visits']:.4g} visits to each image, {len(ready.plan.captions)} captions")
+    seen = f"{found['visits']:.4g} visits to each image, {len(ready.plan.captions)} captions"
+    print(f"Steps     {total} of up to {config.train.batch_size} images, {seen}")
     for name, part in parts.items():
         print(
             f"Part      {name}: {part['layers']} layers, {part['parameters']:,} parameters, learning rate {part['learning_rate']:g}, "

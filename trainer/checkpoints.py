@@ -56,7 +56,10 @@ def load_checkpoint(path: Path, objects: dict[str, Stateful]) -> int:
             metadata = file.metadata() or {}
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
-        raise RunError(f"The checkpoint {path} cannot be read ({error}). Checkpoints are safetensors files; pickles are not loaded. Delete it to resume from an older one.") from None
+        raise RunError(
+            f"The checkpoint {path} cannot be read ({error}). Checkpoints are safetensors files; pickles are not loaded. "
+            "Delete it to resume from an older one."
+        ) from None
     if metadata.get("format") != "lora-atelier-checkpoint-1":
         raise RunError(f"{path} is not a checkpoint of this trainer. Resume from a file in the run's checkpoints folder.")
     skeleton = json.loads(metadata["state"])

@@ -1,14 +1,13 @@
 """Requests to a live run: one JSON file each in `control/`, put there by rename, taken and answered by the trainer.
 
-    stop      end after this step with a resumable checkpoint and an exported LoRA
-    save      export the LoRA and write a checkpoint now
-    preview   make sample images now
+stop      end after this step with a resumable checkpoint and an exported LoRA
+save      export the LoRA and write a checkpoint now
+preview   make sample images now
 """
 
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from dataclasses import dataclass
 
@@ -37,11 +36,8 @@ def send(run: RunDir, kind: str) -> str:
 
 def take(run: RunDir) -> list[Request]:
     """Take every waiting request, oldest first; each is handed out once. An unknown kind is handed out as it is."""
-    with os.scandir(run.control) as entries:
-        files = sorted((e for e in entries if e.name.endswith(".json")), key=lambda e: e.stat().st_mtime_ns)
     requests = []
-    for entry in files:
-        with open(entry.path, encoding="utf-8") as file:
-            requests.append(Request(entry.name.removesuffix(".json"), str(json.load(file).get("kind"))))
-        os.unlink(entry.path)
+    for path in sorted(run.control.glob("*.json"), key=lambda p: p.stat().st_mtime_ns):
+        requests.append(Request(path.stem, str(json.loads(path.read_text(encoding="utf-8")).get("kind"))))
+        path.unlink()
     return requests

@@ -13,9 +13,9 @@ from trainer.config import TrainConfig
 from trainer.data.store import Store
 from trainer.events import Writer
 from trainer.plan import Plan, factor
+from trainer.processes import Processes
 from trainer.run_dir import RunDir
 from trainer.step import Step
-from trainer.processes import Processes
 
 EVENTS_EVERY = 10  # steps between `step` events and between looks at the requests of several processes
 

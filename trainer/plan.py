@@ -92,7 +92,9 @@ def make(config: TrainConfig, native_resolution: int) -> Plan:
     held = {i.digest for i in groups["validation"]}
     both = [i.path.name for i in images if i.digest in held]
     if both:
-        warnings.append(f"{len(both)} images are both trained and held out ({both[0]}, ...); the held-out loss will look better than it is.")
+        warnings.append(
+            f"{len(both)} images are both trained and held out ({both[0]}, ...); the held-out loss will look better than it is."
+        )
     rows = _order(config, images, placements)
     known: dict[str, int] = {}
     steps = tuple(_draw(config, n, batch, images, known) for n, batch in enumerate(rows))

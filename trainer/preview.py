@@ -9,7 +9,14 @@ from trainer.run_dir import RunDir
 
 
 def make(
-    config: TrainConfig, family: Family, models: Models, adapter: Adapter, prompts: tuple[str, ...], size: tuple[int, int], run: RunDir, step: int
+    config: TrainConfig,
+    family: Family,
+    models: Models,
+    adapter: Adapter,
+    prompts: tuple[str, ...],
+    size: tuple[int, int],
+    run: RunDir,
+    step: int,
 ) -> list[str]:
     """Sample every prompt with its fixed seed and save the pictures; returns their file names in `run.previews`."""
     adapter.train(False)

@@ -20,7 +20,8 @@ from trainer.hardware import Hardware, choose
 from trainer.run_dir import Lock, RunDir, RunError, write_json
 
 # Two runs are the same for resuming when they differ in nothing but these: what is looked at, not what is learnt.
-MAY_DIFFER = {"preview": None, "validation": None, "output": {"save_every", "checkpoint_every", "keep_checkpoints", "title", "author", "description", "license"}}
+TEXTS = {"title", "author", "description", "license"}
+MAY_DIFFER = {"preview": True, "validation": True, "output": {"save_every", "checkpoint_every", "keep_checkpoints", *TEXTS}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,13 @@ def _train(
             facts = _facts(config, ready, models, trained, n, started)
             target = run.lora(config.output.name, None if final else n)
             done = export(
-                target, adapter.deltas(), family=family.name, naming=config.output.naming, dtype=config.output.dtype, facts=facts, layers=layers
+                target,
+                adapter.deltas(),
+                family=family.name,
+                naming=config.output.naming,
+                dtype=config.output.dtype,
+                facts=facts,
+                layers=layers,
             )
             for note in done.notes:
                 emit("warning", text=note)
@@ -325,7 +332,10 @@ def _explain(error: Exception) -> str | None:
         return f"{error} Resume from the last checkpoint with a lower learning rate, or train with train.dtype = bf16 or fp32."
     if isinstance(error, torch.OutOfMemoryError):
         gc.collect()
-        return "The GPU's memory is full. Set train.checkpointing = true, or lower train.batch_size or dataset.resolution; other programs may be using it too."
+        return (
+            "The GPU's memory is full. Set train.checkpointing = true, raise train.accumulation, or lower dataset.resolution; "
+            "other programs may be using it too."
+        )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return "The computer's memory is full. Close other programs, or lower train.batch_size or dataset.resolution."
     return None

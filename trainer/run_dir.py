@@ -1,15 +1,15 @@
 """A run's folder: the name of every file in it, atomic writing, and the lock that says "this run is alive".
 
-    config.json      the fully resolved configuration
-    versions.json    package versions, platform
-    process.json     pid, host, start of the process that holds (or last held) the lock
-    lock             held by an OS lock while a trainer works here; freed by the OS however that process ends
-    events.jsonl     what happened, one JSON object a line; written by the trainer alone (trainer/events.py)
-    log.txt          stdout and stderr, where the app started the run
-    control/         requests to the run, one file each (trainer/control.py)
-    previews/        step-000000-1.png, ...
-    checkpoints/     step-000100.safetensors: everything needed to resume
-    NAME.safetensors the exported LoRA; NAME-000100.safetensors those of earlier steps
+config.json      the fully resolved configuration
+versions.json    package versions, platform
+process.json     pid, host, start of the process that holds (or last held) the lock
+lock             held by an OS lock while a trainer works here; freed by the OS however that process ends
+events.jsonl     what happened, one JSON object a line; written by the trainer alone (trainer/events.py)
+log.txt          stdout and stderr, where the app started the run
+control/         requests to the run, one file each (trainer/control.py)
+previews/        step-000000-1.png, ...
+checkpoints/     step-000100.safetensors: everything needed to resume
+NAME.safetensors the exported LoRA; NAME-000100.safetensors those of earlier steps
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def disk_full(path: Path, what: str, size: int | None = None) -> RunError:
     """The sentence for a disk that is full while `what` is written to `path` (`size` in bytes)."""
     free = shutil.disk_usage(path.parent).free / 2**20
     need = f", {size / 2**20:.0f} MB are needed" if size else ""
-    return RunError(f"The disk is full: {what} could not be written to {path} ({free:.0f} MB free{need}). Free some space, then run again with --resume.")
+    return RunError(
+        f"The disk is full: {what} could not be written to {path} ({free:.0f} MB free{need}). Free some space, then run again with --resume."
+    )
 
 
 def write_atomic(path: Path, data: bytes | str, what: str = "a file") -> None:
@@ -103,7 +105,7 @@ def replace(source: Path, target: Path) -> None:
     """os.replace, tried again for a second on Windows, where a file that is being read cannot be replaced."""
     for attempt in range(20):
         try:
-            os.replace(source, target)
+            source.replace(target)
             return
         except PermissionError:
             if os.name != "nt" or attempt == 19:

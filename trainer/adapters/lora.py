@@ -42,7 +42,7 @@ class Lora:
         """Put back what `state` gave. Raises ValueError when the layers or ranks differ."""
         own = self.state()
         if own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own):
-            raise ValueError("The saved adapter has other layers or ranks than the configured one; use the configuration it was saved with.")
+            raise ValueError("The saved adapter has other layers or ranks than the configured one; use the settings it was saved with.")
         for k, tensor in own.items():
             tensor.copy_(state[k])
 

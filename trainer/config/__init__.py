@@ -181,7 +181,7 @@ class ValidationConfig(Strict):
 
 class OutputConfig(Strict):
     name: str = Field("lora", description="file name of the LoRA, without ending")
-    naming: Literal["kohya", "peft"] = Field("kohya", description="kohya: for A1111, Forge, ComfyUI and the rest; peft: for diffusers alone")
+    naming: Literal["kohya", "peft"] = Field("kohya", description="kohya: for A1111, Forge, ComfyUI and all others; peft: for diffusers")
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     save_every: int = Field(0, ge=0, description="also export the LoRA every this many steps; these files are never deleted")
     checkpoint_every: int = Field(100, ge=0, description="write a resumable checkpoint every this many steps; 0: only at the end")
@@ -219,6 +219,9 @@ class TrainConfig(Strict):
     def _together(self) -> TrainConfig:
         if not any(d.kind == "train" for d in self.data):
             raise ValueError("no [[data]] folder has kind = train; add one with the images to learn from.")
-        if not any(p.train for p in (self.part.unet, self.part.text_1)):
+        rates = [p.learning_rate for p in (self.part.unet, self.part.text_1) if p.train]
+        if not rates:
             raise ValueError("no part is trained; set part.unet.train or part.text_1.train to true.")
+        if self.optimizer.kind == "prodigy" and len(set(rates)) > 1:
+            raise ValueError("The learning rates of the trained parts differ; Prodigy needs one rate for all. Set each to 1.")
         return self

@@ -133,7 +133,8 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
         field = model.model_fields.get(part)
         if field is None:
             continue
-        found = [a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+        choices = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        found = [a for a in choices if isinstance(a, type) and issubclass(a, BaseModel)]
         if len(found) != 1:
             return []
         model = found[0]

@@ -59,7 +59,8 @@ def open_rgb(path: Path, background: str = "#ffffff") -> PIL.Image.Image:
 def crop(image: PIL.Image.Image, box: tuple[float, float, float, float], size: tuple[int, int]) -> PIL.Image.Image:
     """`box` (left, top, right, bottom in pixels of `image`, fractions allowed) of an RGB image at `size` (width, height).
 
-    Cut and resized in one go, so that a fractional box is honoured. Raises ValueError if the box leaves the image.
+    Cut and resized in one go: a fractional box is honoured, and the filter sees the true neighbours beyond the box's edges.
+    Raises ValueError if the box leaves the image.
     """
     return image.resize(size, Resampling.LANCZOS, box=box, reducing_gap=None)
 

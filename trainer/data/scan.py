@@ -211,7 +211,7 @@ def _inspect(path: Path) -> tuple[str, int, int] | str:
     except PIL.UnidentifiedImageError:
         return f"holds no image of a kind that is read ({', '.join(FORMATS)}), whatever its name says; save it as .png, or remove it."
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        return _too_large(next(iter(re.findall(r"\d+", str(error)))))
+        return _too_large(f"{int(re.findall('[0-9]+', str(error))[0]):,}")  # Pillow names the count first
     except DAMAGED as error:
         if isinstance(error, OSError) and error.errno is not None:
             return f"cannot be read ({error.strerror}); check its permissions and the disk."

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image as Pil
 
 from trainer.config import TrainConfig
 from trainer.data.buckets import Placement
@@ -45,12 +44,8 @@ def encode_images(
             size = max(1, ENCODE_PIXELS // (w * h))
             for at in range(0, len(members), size):
                 chunk = members[at : at + size]
-                x = torch.stack(
-                    [
-                        pixels(images[k], placements[k], background).flip(-1) if f else pixels(images[k], placements[k], background)
-                        for k, f in chunk
-                    ]
-                )
+                rows = [(pixels(images[k], placements[k], background), f) for k, f in chunk]
+                x = torch.stack([row.flip(-1) if f else row for row, f in rows])
                 mean, std = family.encode(models, x.to(models.device))
                 out |= {m: (mean[j], std[j]) for j, m in enumerate(chunk)}
                 done += len(chunk)
@@ -108,8 +103,3 @@ class Store:
         cond = self.cond.rows(caption) if self.cond else None
         tokens = None if self.tokens is None else self.tokens.index_select(0, caption)
         return Batch(mean.index_select(0, image), std.index_select(0, image), self.weights[n], cond, tokens)
-
-
-def to_pil(x: torch.Tensor) -> Pil.Image:
-    """(3, H, W) in [-1, 1] as a picture."""
-    return Pil.fromarray(((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())

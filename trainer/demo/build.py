@@ -343,7 +343,12 @@ def train_unet(latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor,
             total.zero_()
             print(f"unet {schedule.step} {schedule.spent:.2f} loss {last:.4f}", flush=True)
     ema.store()
-    return unet.float().eval(), text.float().eval(), scheduler, {"steps": schedule.step, "batch": batch, "seconds": seconds, "loss": round(last, 4)}
+    return (
+        unet.float().eval(),
+        text.float().eval(),
+        scheduler,
+        {"steps": schedule.step, "batch": batch, "seconds": seconds, "loss": round(last, 4)},
+    )
 
 
 @torch.no_grad()
@@ -362,7 +367,14 @@ def save_base(folder: Path, vae, text, tokenizer_dir: Path, unet, scheduler) -> 
     from transformers import CLIPTokenizer
 
     pipe = StableDiffusionPipeline(
-        vae.half(), text.half(), CLIPTokenizer.from_pretrained(tokenizer_dir), unet.half(), scheduler, None, None, requires_safety_checker=False
+        vae.half(),
+        text.half(),
+        CLIPTokenizer.from_pretrained(tokenizer_dir),
+        unet.half(),
+        scheduler,
+        None,
+        None,
+        requires_safety_checker=False,
     )
     pipe.save_pretrained(folder, safe_serialization=True)
     for name in ("vocab.json", "merges.txt"):
@@ -405,7 +417,9 @@ def stage_unet(args: argparse.Namespace, device: str) -> None:
     vae = AutoencoderKL.from_pretrained(args.work / "vae").to(device).eval()
     latents = encode_all(vae, pixels, device) * vae.config.scaling_factor
     tokenizer = make_tokenizer([c for row in captions for c in row], args.work / "tokenizer")
-    tokens = tokenizer([c for row in captions for c in row], padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    tokens = tokenizer(
+        [c for row in captions for c in row], padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+    ).input_ids
     tokens = tokens.view(len(captions), 3, 77).to(torch.int16).to(device)
     empty = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids.to(device)
     print(f"{len(tokenizer)} tokens, latents {tuple(latents.shape)}, prepared in {time.time() - start:.0f} s", flush=True)
@@ -458,7 +472,9 @@ def stage_measure(args: argparse.Namespace, device: str) -> None:
         folder = args.out / "data" / concept
         x = measure.to_pixels([Image.open(p) for p in sorted(folder.glob("*/*.png"))])
         with torch.no_grad():
-            result["psnr_db"][concept] = round(measure.psnr(x, pipe.vae.decode(pipe.vae.encode(x.to(device)).latent_dist.mean).sample.cpu()), 2)
+            result["psnr_db"][concept] = round(
+                measure.psnr(x, pipe.vae.decode(pipe.vae.encode(x.to(device)).latent_dist.mean).sample.cpu()), 2
+            )
     sheet = Image.new("RGB", (14 * SIZE, 6 * SIZE))
     for k, image in enumerate(images[:84]):
         sheet.paste(image, (k % 14 * SIZE, k // 14 * SIZE))

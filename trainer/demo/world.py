@@ -128,6 +128,12 @@ def _heart(p: Pen) -> None:
     )
 
 
+def _cross(p: Pen) -> None:
+    arm, end = 0.3, 0.92
+    corner = [(-arm, -end), (arm, -end), (arm, -arm), (end, -arm), (end, arm), (arm, arm)]
+    p(corner + [(-x, -y) for x, y in corner])
+
+
 def _moon(p: Pen) -> None:
     p(ellipse(-0.15, 0, 0.95, 0.95, 55, 305) + ellipse(0.395, 0, 0.6, 0.778, 90, 270)[::-1])
 
@@ -314,7 +320,7 @@ SUBJECTS: dict[str, Callable[[Pen], None]] = {
     "star": lambda p: p(star(5, 1.0, 0.45)),
     "heart": _heart,
     "diamond": lambda p: p([(0, -1), (0.68, 0), (0, 1), (-0.68, 0)]),
-    "cross": lambda p: p([(-0.3, -0.92), (0.3, -0.92), (0.3, -0.3), (0.92, -0.3), (0.92, 0.3), (0.3, 0.3), (0.3, 0.92), (-0.3, 0.92), (-0.3, 0.3), (-0.92, 0.3), (-0.92, -0.3), (-0.3, -0.3)]),
+    "cross": _cross,
     "moon": _moon,
     "sun": _sun,
     "cloud": _cloud,

@@ -28,7 +28,7 @@ def resolve(source: str, say: Callable[[str], None]) -> Path:
     path = Path(text).expanduser()
     if path.exists():
         return path.resolve()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not path.suffix == ".safetensors" and not text.startswith("."):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and path.suffix != ".safetensors" and not text.startswith("."):
         return _download(text, say)
     raise SourceError(
         f"model.source is {source!r}, and there is no such file or folder. Give a diffusers folder, a .safetensors checkpoint, "
@@ -56,7 +56,9 @@ def _download(repo: str, say: Callable[[str], None]) -> Path:
     kinds = ("model_index.json", "unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
     try:
         info = HfApi().model_info(repo, files_metadata=True)
-        files = [f for f in info.siblings or [] if f.rfilename.startswith(kinds) and f.rfilename.endswith((".safetensors", ".json", ".txt"))]
+        files = [
+            f for f in info.siblings or [] if f.rfilename.startswith(kinds) and f.rfilename.endswith((".safetensors", ".json", ".txt"))
+        ]
         if not any(f.rfilename == "model_index.json" for f in files):
             raise SourceError(
                 f"model.source is {repo!r}, a hub repository without model_index.json. Choose one in diffusers format, or download a "
@@ -68,11 +70,15 @@ def _download(repo: str, say: Callable[[str], None]) -> Path:
         size = sum(f.size or 0 for f in wanted if ".non_ema." not in f.rfilename) / 1e9
         licence = (info.card_data.get("license") if info.card_data else None) or "none stated"
         say(f"Downloading {repo} from huggingface.co: about {size:.1f} GB, licence: {licence}.")
-        return Path(StableDiffusionPipeline.download(repo, variant=variant, use_safetensors=True, safety_checker=None, feature_extractor=None))
+        return Path(
+            StableDiffusionPipeline.download(repo, variant=variant, use_safetensors=True, safety_checker=None, feature_extractor=None)
+        )
     except GatedRepoError:
         raise SourceError(f"{repo} asks you to accept its terms: open huggingface.co/{repo}, accept, then run `hf auth login`.") from None
     except RepositoryNotFoundError:
-        raise SourceError(f"model.source is {repo!r}: there is no such folder here and no such model on the hub (or it is private).") from None
+        raise SourceError(
+            f"model.source is {repo!r}: there is no such folder here and no such model on the hub (or it is private)."
+        ) from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         if isinstance(error, SourceError):
             raise

@@ -24,7 +24,9 @@ def _adamw(config: AdamWConfig, groups: list[dict[str, Any]], device: torch.devi
 
 def _adamw8bit(config: AdamW8bitConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
     if device.type != "cuda":
-        raise ValueError(f"optimizer.kind is adamw8bit, which needs an NVIDIA GPU; this run is on {device.type}. Set optimizer.kind to adamw.")
+        raise ValueError(
+            f"optimizer.kind is adamw8bit, which needs an NVIDIA GPU; this run is on {device.type}. Set optimizer.kind to adamw."
+        )
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
