@@ -21,6 +21,7 @@ class Terminal:
     def __init__(self) -> None:
         self.bar: Any = None
         self.total = 0
+        self.said = 0.0
 
     def say(self, text: str) -> None:
         if self.bar is not None:
@@ -39,13 +40,18 @@ class Terminal:
             names = {"loading": "Loading the base model ...", "encoding": "Encoding images and captions ..."}
             if event["name"] in names:
                 self.say(names[event["name"]])
-            if event["name"] == "training":
+            if event["name"] == "training" and sys.stderr.isatty():
                 layout = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps {postfix}"
                 self.bar = tqdm(total=self.total, bar_format=layout, dynamic_ncols=True, mininterval=0)
-        elif kind == "step" and self.bar is not None:
+        elif kind == "step":
             eta = time.strftime("%H:%M:%S", time.gmtime(event["eta_s"]))
-            self.bar.set_postfix_str(f"loss {event['loss']:.4f}, {event['images_per_s']:.2f} images/s, {eta} left", refresh=False)
-            self.bar.update(event["step"] - self.bar.n)
+            text = f"loss {event['loss']:.4f}, {event['images_per_s']:.2f} images/s, {eta} left"
+            if self.bar is not None:
+                self.bar.set_postfix_str(text, refresh=False)
+                self.bar.update(event["step"] - self.bar.n)
+            elif event["step"] in (1, self.total) or time.time() - self.said > 5:  # into a file or pipe: a line now and then
+                self.said = time.time()
+                self.say(f"Step {event['step']} of {self.total}: {text}")
         elif kind == "resumed" and event["step"]:
             self.say(f"Resuming after step {event['step']}.")
         elif kind == "warning":
