@@ -13,7 +13,7 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
-from trainer import events, plan, randomness
+from trainer import control, events, plan, randomness
 from trainer.config import TrainConfig
 from trainer.families import sources
 from trainer.hardware import Hardware, choose
@@ -59,6 +59,7 @@ def train(
     lock = Lock(run)
     if processes.main:
         lock.acquire()
+    step = 0  # the last that an event named
     emit: Callable[..., Any] = lambda type, **fields: None  # noqa: E731 (other processes than the first write nothing)
     interrupted = _on_interrupt()
     try:
@@ -67,18 +68,21 @@ def train(
             writer = events.Writer(run.events)
 
             def emit(type: str, **fields: Any) -> None:
+                nonlocal step
+                step = fields.get("step", step)
                 show(writer(type, **fields))
 
         processes.barrier()
-        step = 0
         try:
             outcome, step = _train(config, run, hardware, processes, emit, resume, interrupted)
         except Exception as error:
             text = _explain(error)
+            _answer_late(run, processes.main, emit, step)
             emit("failed", step=step, seconds=round(time.time() - started, 1), text=text or f"{type(error).__name__}: {error}")
             if text:
                 raise RunError(text) from error
             raise
+        _answer_late(run, processes.main, emit, step)
         emit(outcome, step=step, seconds=round(time.time() - started, 1))
         return outcome, run
     finally:
@@ -274,6 +278,12 @@ def _facts(config: TrainConfig, ready: Prepared, models: Any, trained: dict[str,
         started_at=started,
         finished_at=time.time(),
     )
+
+
+def _answer_late(run: RunDir, main: bool, emit: Callable[..., Any], step: int) -> None:
+    """Answer the requests that came in after the last look at them: a second "stop" must not end the resumed run."""
+    for request in control.take(run) if main else ():
+        emit("answered", request=request.kind, id=request.id, step=step, detail="too late: the run was ending")
 
 
 def _check_folder(config: TrainConfig, run: RunDir, resume: bool) -> None:

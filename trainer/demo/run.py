@@ -151,8 +151,8 @@ def _sheet(concept: str, pictures: dict[str, tuple[Any, Any]], told: tuple[str, 
     bands = [prompts[k : k + 4] for k in range(0, len(prompts), 4)]
     ink, soft, paper = (28, 30, 38), (104, 108, 120), (250, 250, 252)
     width = left + 4 * (tile + gap) + gap
-    band = 2 * tile + gap + 66
-    height = 96 + tile + 48 + len(bands) * band + gap
+    band = 2 * tile + 4 + 54
+    height = 84 + tile + 24 + 2 * 28 + len(bands) * band
     img = Image.new("RGB", (width, height), paper)
     draw = ImageDraw.Draw(img)
     big, small = ImageFont.load_default(24), ImageFont.load_default(14)
@@ -173,10 +173,10 @@ def _sheet(concept: str, pictures: dict[str, tuple[Any, Any]], told: tuple[str, 
         img.paste(Image.open(path).convert("RGB").resize((tile, tile), Image.Resampling.LANCZOS), (left + k * (tile + gap), y))
     y += tile + 24
     for n, row in enumerate(bands):
-        title = f"Prompts with {concept}" if n == 0 else "Unrelated prompts: these should stay" if n == 1 else ""
-        draw.line((gap, y, width - gap, y), fill=(222, 224, 230))
-        draw.text((gap, y + 6), title, font=small, fill=ink)
-        y += 28
+        if n < 2:
+            draw.line((gap, y, width - gap, y), fill=(222, 224, 230))
+            draw.text((gap, y + 6), ("Unrelated prompts: these should stay as they were", f"Prompts with {concept}")[n == 0], font=small, fill=ink)
+            y += 28
         for j, word in enumerate(("before", "after")):
             draw.text((gap, y + j * (tile + 4) + tile // 2 - 8), word, font=small, fill=soft)
         for k, prompt in enumerate(row):
@@ -184,7 +184,7 @@ def _sheet(concept: str, pictures: dict[str, tuple[Any, Any]], told: tuple[str, 
             for j in range(2):
                 img.paste(pictures[prompt][j].resize((tile, tile), Image.Resampling.LANCZOS), (x, y + j * (tile + 4)))
             draw.multiline_text((x, y + 2 * tile + 8), wrap(prompt, tile), font=small, fill=soft, spacing=2)
-        y += band - 28
+        y += band
     return img
 
 

@@ -65,11 +65,7 @@ def export(
     if not deltas:
         raise ExportError(f"{path.name} would be empty: no layer was trained. Choose at least one part and target.")
     deltas, notes = complete(deltas, family, layers)
-    state = NAMINGS[naming](family, [_balanced(d) for d in deltas])
-    if dtype == "fp16" and (reason := _beyond_fp16(state)):
-        dtype = "bf16"
-        notes.append(f"The weights are saved as bf16 instead of fp16: {reason}.")
-    state = {k: t.to(DTYPES[dtype]) for k, t in state.items()}
+    state = tensors(deltas, family, naming, dtype, notes)
 
     def verify(part: Path) -> None:
         problems = self_check.check(part, family, deltas, layers)
@@ -87,6 +83,15 @@ def export(
         write(path.with_suffix(".json"), metadata.sidecar(family, facts.trigger_words, facts.description).encode())
     modules = dict(Counter(d.part for d in deltas))
     return Exported(path, len(blob), modules, hashlib.sha256(blob).hexdigest(), tuple(notes))
+
+
+def tensors(deltas: list[Delta], family: str, naming: str, dtype: str, notes: list[str]) -> dict[str, torch.Tensor]:
+    """What the file holds. Where fp16 cannot hold it, it is bf16 and `notes` gets a sentence on that."""
+    state = NAMINGS[naming](family, [_balanced(d) for d in deltas])
+    if dtype == "fp16" and (reason := _beyond_fp16(state)):
+        dtype = "bf16"
+        notes.append(f"The weights are saved as bf16 instead of fp16: {reason}.")
+    return {k: t.to(DTYPES[dtype]) for k, t in state.items()}
 
 
 def complete(deltas: list[Delta], family: str, layers: self_check.Layers) -> tuple[list[Delta], list[str]]:

@@ -87,11 +87,12 @@ def to_kohya(family: str, deltas: Iterable[Delta]) -> dict[str, torch.Tensor]:
     Raises FormatError for a delta that is not plain LoRA.
     """
     deltas = list(deltas)
-    alphas = {part: common_alpha(d for d in deltas if d.part == part) for part in {d.part for d in deltas}}
-    state = {}
     for d in deltas:
         if d.kind != "lora":
             raise FormatError(f"{d.part} {d.path} has a change of kind {d.kind!r}; kohya files are written for kind 'lora' alone.")
+    alphas = {part: common_alpha(d for d in deltas if d.part == part) for part in {d.part for d in deltas}}
+    state = {}
+    for d in deltas:
         name, alpha = stem(family, d.part, d.path), alphas[d.part]
         down, up = d.tensors["down"], d.tensors["up"]
         state[f"{name}.lora_down.weight"] = down.float().contiguous()

@@ -32,8 +32,8 @@ RATE_KEYS = {"unet": "ss_unet_lr", "text_1": "ss_text_encoder_lr"}
 MOST_TAGS = 500  # of a folder; ComfyUI serves no metadata of files whose header is over 1 MiB
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
-# What pickles start with: zip archives (torch.save since 1.6), protocol 2 and later, and the old tar form.
-PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+ZIP = b"PK\x03\x04"  # torch.save since 1.6
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # torch.save before, plain pickles
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,11 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start.startswith(PICKLES) or (path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin") and not _is_length(start, size)):
+        pickled = start.startswith(PICKLES) or path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin")
+        if start.startswith(ZIP) or (pickled and not _is_length(start, size)):  # a header of 640 bytes starts with b"\x80\x02" too
             raise FormatError(
                 f"{path.name} is a pickle, which can run any program when it is opened, so it is not opened here. Get the "
-                ".safetensors version of the model, or convert it with a tool that you trust, such as the Checkpoint Merger of AUTOMATIC1111."
+                ".safetensors version of the model, or convert it with a tool that you trust, such as AUTOMATIC1111's Checkpoint Merger."
             )
         if not _is_length(start, size):
             raise FormatError(f"{bad}, or was cut off ({size} bytes, the header does not fit). Download or copy it again.")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from trainer.adapters import Delta
 from trainer.formats import FormatError, kohya, peft_names
@@ -53,15 +54,28 @@ def check(path: Path, family: str, deltas: Iterable[Delta], layers: Layers) -> l
 
     `deltas` is what the file must say (with the layers that export adds), `layers` is `kohya.layers` of the whole base.
     """
+    problems = []
     try:
-        return reader_problems(path, family, layers) + content_problems(path, family, deltas, layers)
+        problems += reader_problems(path, family, layers)
+        problems += content_problems(path, family, deltas, layers)
     except FormatError as error:
-        return [str(error)]
+        problems.append(str(error))
+    return problems
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors in file order, copied to memory: a mapped file could not be replaced on Windows. Raises FormatError."""
+    _, tensors = read_header(path)  # has the better sentences on what is wrong
+    try:
+        state = load(Path(path).read_bytes())
+    except SafetensorError as error:
+        raise FormatError(f"{Path(path).name} is damaged: {error}. Download or copy it again.") from error
+    return {key: state[key] for key in tensors}
 
 
 def reader_problems(path: Path, family: str, layers: Layers) -> list[str]:
     """What the readers would leave unread, scale wrongly or refuse. A file in PEFT naming has one reader, diffusers."""
-    state = load_file(path)
+    state = read(path)
     if any(key.endswith(peft_names.ENDINGS) for key in state):
         known = {peft_names.stem(family, part, p) + e for part, paths in layers.items() for p in paths for e in peft_names.ENDINGS}
         return _left_over({"diffusers": [k for k in state if k not in known]})
@@ -105,7 +119,7 @@ def content_problems(path: Path, family: str, deltas: Iterable[Delta], layers: L
     Raises FormatError when the file cannot be read as a plain LoRA.
     """
     metadata, tensors = read_header(path)
-    state = load_file(path)
+    state = read(path)
     bad = [f"{key} holds a value that is not finite." for key, t in state.items() if not torch.isfinite(t).all()]
     if bad:
         return bad
@@ -131,7 +145,7 @@ def content_problems(path: Path, family: str, deltas: Iterable[Delta], layers: L
 
 def is_empty(path: Path) -> bool:
     """True when every `up` matrix of the file is zero, so that the LoRA changes nothing (it was not trained)."""
-    return not any(t.any() for key, t in load_file(path).items() if key.endswith((UP, peft_names.ENDINGS[1])))
+    return not any(t.any() for key, t in read(path).items() if key.endswith((UP, peft_names.ENDINGS[1])))
 
 
 def incomplete_attention(deltas: Iterable[Delta]) -> dict[tuple[str, str], list[Delta]]:

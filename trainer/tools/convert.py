@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from trainer.formats import FormatError, metadata, peft_names
@@ -25,7 +26,7 @@ def convert(src: Path, dst: Path, naming: str) -> list[str]:
     before, deltas = read_lora(src)
     if before == naming:
         raise FormatError(f"{src.name} has {naming} naming already. Choose the other one.")
-    entries, tensors = metadata.read_header(src)
+    entries, header = metadata.read_header(src)
     family = identify(src).family or "sd1"
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for d in deltas:  # a file shows the layers that it changes; those of the rest of the model are not known here
@@ -34,9 +35,8 @@ def convert(src: Path, dst: Path, naming: str) -> list[str]:
         square = next(shape for path, shape in layers[part].items() if path.startswith(parent + "."))
         layers[part] |= {f"{parent}.{n}": square for n in self_check.TEXT_ATTENTION}
     deltas, notes = export.complete(deltas, family, layers)
-    dtypes = {dtype for dtype, _ in tensors.values()}
-    dtype = next((n for n, t in {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}.items() if t in dtypes), "fp32")
-    state = {k: t.to(export.DTYPES[dtype]) for k, t in export.NAMINGS[naming](family, deltas).items()}
+    dtype = Counter(dtype for dtype, shape in header.values() if shape).most_common(1)[0][0]
+    state = export.tensors(deltas, family, naming, {"F16": "fp16", "BF16": "bf16"}.get(dtype, "fp32"), notes)
     if not entries.get("ss_base_model_version"):
         entries = metadata.VERSIONS[family] | entries
     entries = {k: v for k, v in entries.items() if k != peft_names.CONFIGS}

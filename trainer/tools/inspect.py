@@ -70,7 +70,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def read_lora(path: Path) -> tuple[str, list]:
     """(naming, deltas) of a LoRA file. Raises FormatError when it is not a plain LoRA of a family that this project knows."""
-    from safetensors.torch import load_file
+    from trainer.formats.self_check import read
 
     found = identify(path)
     if found.kind != "lora":
@@ -79,7 +79,7 @@ def read_lora(path: Path) -> tuple[str, list]:
     if family not in kohya.PREFIXES:
         raise FormatError(f"{Path(path).name} is {found.what}. Read here: LoRAs of {', '.join(kohya.PREFIXES)}.")
     metadata, _ = read_header(path)
-    state = load_file(path)
+    state = read(path)
     if any(k.endswith(peft_names.ENDINGS) for k in state):
         return "peft", peft_names.from_peft(family, state, metadata)
     return "kohya", kohya.from_kohya(family, state)

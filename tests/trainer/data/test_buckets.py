@@ -118,7 +118,11 @@ def test_an_image_alone_joins_a_fuller_bucket_if_that_is_cheap():
     assert buckets_of(sizes, 4)[-1] == (544, 480)
     assert buckets_of(near, 4) == [(512, 512)] * 5
     assert buckets_of(near, 1)[-1] == (544, 480)  # at batch size 1 no bucket is short
-    assert buckets_of(near, 4, resolution=1024)[-1] == (1056, 992)
+
+
+def test_images_do_not_leave_for_an_emptier_bucket():
+    sizes = [(1060, 1000)] * 3 + [(1200, 1000)]  # the three could go to 544 x 480 cheaply, the one not to the square
+    assert buckets_of(sizes, 4) == [(512, 512)] * 3 + [(544, 480)]
 
 
 def test_only_buckets_that_are_short_are_left():
@@ -128,7 +132,7 @@ def test_only_buckets_that_are_short_are_left():
 
 
 def test_images_alone_in_like_buckets_come_together():
-    sizes = [(1000 + 30 * i, 1000) for i in range(8)]
+    sizes = [(1000 + 36 * i, 1000) for i in range(8)]
     options = {"resolution": 512, "step": 8}
     assert len(set(buckets_of(sizes, 1, **options))) == 8
     assert len(set(buckets_of(sizes, 4, **options))) <= 4

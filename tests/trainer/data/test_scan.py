@@ -243,7 +243,7 @@ def test_everything_wrong_in_all_folders_is_said_at_once(tmp_path):
         ("empty.jpg", "0 bytes", "copy it again"),
         ("gone.png", "link to nothing", "remove it"),
         ("half.png", "damaged or cut off", "copy it again"),
-        ("huge.png", "900000000 pixels", "200,000,000", "Make it smaller"),
+        ("huge.png", "900,000,000 pixels", "200,000,000", "Make it smaller"),
         ("text.png", "holds no image", "PNG, JPEG", "save it as .png"),
         ("tiny.png", "15 x 200", "at least 16", "larger version"),
     ]
@@ -268,7 +268,7 @@ def test_a_cut_off_progressive_jpeg_is_found(tmp_path):
     assert "cut off" in problems(tmp_path)[0]
 
 
-@pytest.mark.parametrize(("width", "height", "said"), [(30_000, 30_000, "900000000"), (20_000, 15_000, "20000 x 15000 = 300,000,000")])
+@pytest.mark.parametrize(("width", "height", "said"), [(30_000, 30_000, "900,000,000"), (20_000, 15_000, "20000 x 15000 = 300,000,000")])
 def test_a_huge_image_is_refused_by_its_header(tmp_path, width, height, said):
     """Its pixels are cut off, which would be the problem if anything had looked at them."""
     write_header(tmp_path / "a.png", width, height)
@@ -284,7 +284,7 @@ def test_a_huge_image_is_refused_where_warnings_are_errors(tmp_path):
     write_header(tmp_path / "a.png", 20_000, 15_000)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "300000000 pixels" in problems(tmp_path)[0]
+        assert "300,000,000 pixels" in problems(tmp_path)[0]
 
 
 def test_a_large_image_below_the_limit_passes_without_a_warning(tmp_path):
@@ -328,6 +328,7 @@ def test_what_may_not_be_read_is_named(tmp_path, monkeypatch):
         assert str(tmp_path / name) in problem and "Permission denied" in problem
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_does_not_hang_the_scan(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     assert "is no file" in problems(tmp_path)[0]

@@ -1,0 +1,123 @@
+import pytest
+
+import trainer.loop
+
+DRAWN = {"adapter.dropout": 0.2, "dataset.flip": True, "dataset.caption_dropout": 0.2}  # all that a stray draw could disturb
+PREVIEWS = {
+    "preview.enabled": True,
+    "preview.every": 3,
+    "preview.steps": 2,
+    "preview.guidance": 3.0,
+    "preview.prompts": ["zorp", "a cat"],
+}
+VALIDATION = {"validation.enabled": True, "validation.every": 3, "validation.draws": 1}
+
+
+@pytest.fixture
+def each_loss(monkeypatch):
+    """Have the loop say the loss of every step."""
+    monkeypatch.setattr(trainer.loop, "EVENTS_EVERY", 1)
+
+
+def losses(trained):
+    return {e["step"]: e["loss"] for e in trained.events("step")}
+
+
+def assert_close(one, other, rate=1e-3):
+    """Weights that differ by rounding alone. An Adam step is about `rate` long, whatever the gradient, so that is the measure."""
+    import torch
+
+    assert one.keys() == other.keys()
+    for k in one:
+        torch.testing.assert_close(one[k], other[k], rtol=1e-3, atol=0.02 * rate)
+
+
+@pytest.fixture(scope="module")
+def plain(train):
+    return train(DRAWN)
+
+
+def test_the_same_settings_give_the_same_weights(train, plain, same):
+    assert same(plain.lora(), train(DRAWN).lora())
+
+
+@pytest.mark.parametrize("changes", [PREVIEWS, VALIDATION, PREVIEWS | VALIDATION], ids=["previews", "validation", "both"])
+@pytest.mark.parametrize("text", [{}, {"part.text_1.train": False}], ids=["text encoder trained", "text encoder frozen"])
+def test_looking_at_a_run_does_not_change_it(changes, text, train, plain, same):
+    plain = train(DRAWN | text) if text else plain
+    looked = train(DRAWN | text | changes)
+    seen = {"preview": [0, 3, 6, 8], "validation": [0, 3, 6, 8]}
+    for kind, steps in seen.items():
+        wanted = steps if f"{kind}.enabled" in changes else []
+        assert [e["step"] for e in looked.events(kind)] == wanted
+    assert same(looked.lora(), plain.lora())
+    assert losses(looked) == losses(plain)
+
+
+def test_validation_starts_from_the_base_and_falls(train):
+    measured = train(VALIDATION | {"validation.draws": 4, "train.visits": 24}).events("validation")
+    assert measured[-1]["train"] < measured[0]["train"] - 0.01
+
+
+def test_another_seed_gives_other_weights_and_losses(train, plain, same, each_loss):
+    other, again = train(DRAWN | {"train.seed": 1}), train(DRAWN)
+    assert not same(other.lora(), again.lora())
+    assert not set(losses(other).values()) & set(losses(again).values())
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"loss.min_snr_gamma": None, "train.max_grad_norm": None}], ids=["clipped", "unclipped"])
+def test_accumulation_changes_nothing_but_rounding(optimizer, train, each_loss):
+    whole = train(optimizer)
+    assert len(losses(whole)) == 8
+    for accumulation in (2, 4):
+        cut = train(optimizer | {"train.accumulation": accumulation})  # 3 rows in 2 or 4 parts leave empty slots
+        assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
+        assert_close(cut.lora(), whole.lora())
+
+
+def test_weights_of_folders_count_over_the_whole_batch(train, draw_pictures, tmp_path, each_loss):
+    """Rows of weight 1 and 5 in one batch: a mean over each part of it would be something else."""
+    folders = [
+        {"folder": str(draw_pictures(tmp_path / "a", [(64, 64)] * 3, seed=1)), "weight": 5},
+        {"folder": str(draw_pictures(tmp_path / "b", [(64, 64)] * 2, seed=2)), "visits": 8},
+    ]
+    whole, cut = (train({"data": folders, "train.accumulation": k}) for k in (1, 2))
+    assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
+    assert_close(cut.lora(), whole.lora())
+
+
+def test_two_processes_equal_one(train, command, draw_pictures, tmp_path):
+    """By torchrun on the CPU (gloo). Batches of 4 and of 3 rows: in the latter one process has an empty slot."""
+    folders = [
+        {"folder": str(draw_pictures(tmp_path / "a", [(64, 64)] * 3, seed=1)), "weight": 5},
+        {"folder": str(draw_pictures(tmp_path / "b", [(64, 64), (96, 48), (96, 48), (96, 48)], seed=2))},
+    ]
+    changes = {"data": folders, "train.accumulation": 2, "output.checkpoint_every": 4} | VALIDATION | PREVIEWS
+    alone = train(changes)
+    process = command(tmp_path / "run", changes, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    both = type(alone)("finished", tmp_path / "run")
+    assert [e["seq"] for e in both.events()] == list(range(len(both.events())))
+    assert [(e["type"], e.get("step")) for e in both.events()] == [(e["type"], e.get("step")) for e in alone.events()]
+    assert losses(both) == pytest.approx(losses(alone), rel=1e-5)
+    for one, two in zip(alone.events("validation"), both.events("validation"), strict=True):
+        assert two["train"] == pytest.approx(one["train"], rel=1e-4)
+    assert_close(both.lora(), alone.lora())
+    assert {p.name for p in both.root.rglob("*")} == {p.name for p in alone.root.rglob("*")}
+
+
+@pytest.mark.slow
+def test_three_processes_equal_one_and_are_resumed_by_one(train, command, tmp_path):
+    changes = {"part.text_1.stop": 0.5, "output.checkpoint_every": 4}
+    alone = train(changes)
+    process = command(tmp_path / "run", changes, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"))
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    all_three = type(alone)("finished", tmp_path / "run")
+    assert_close(all_three.lora(), alone.lora())
+    all_three.checkpoints()[-1].unlink()
+    (tmp_path / "run" / "lora.safetensors").unlink()
+    resumed = train(changes, root=tmp_path / "run", resume=True)
+    assert [e["step"] for e in resumed.events("resumed")] == [4]
+    assert_close(resumed.lora(), alone.lora())
