@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 from collections import Counter
@@ -120,7 +121,7 @@ def _zeros(part: str, path: str, layers: self_check.Layers, like: Delta) -> Delt
 
 
 def _rms(tensor: torch.Tensor) -> float:
-    return float(tensor.double().square().mean().sqrt())
+    return float(torch.linalg.vector_norm(tensor)) / tensor.numel() ** 0.5
 
 
 def _balanced(delta: Delta) -> Delta:
@@ -131,12 +132,12 @@ def _balanced(delta: Delta) -> Delta:
     down, up = _rms(delta.tensors["down"]), _rms(delta.tensors["up"]) * abs(delta.scale)
     if not (0 < up < SMALL and up < down):
         return delta
-    factor = 2.0 ** round(torch.tensor(down / up).log2().item() / 2)
+    factor = 2.0 ** round(math.log2(down / up) / 2)
     return replace(delta, tensors={"down": delta.tensors["down"] / factor, "up": delta.tensors["up"] * factor})
 
 
 def _beyond_fp16(state: Mapping[str, torch.Tensor]) -> str:
-    most = max(float(t.abs().max()) for t in state.values())
+    most = max(float(torch.linalg.vector_norm(t, float("inf"))) for t in state.values())
     if most > FP16_MOST:
         return f"the largest is {most:.3g}, fp16 ends at 65504"
     small = [k for k, t in state.items() if 0 < _rms(t) < FP16_LEAST]
