@@ -23,13 +23,17 @@ def losses(trained):
     return {e["step"]: e["loss"] for e in trained.events("step")}
 
 
-def assert_close(one, other, rate=1e-3):
-    """Weights that differ by rounding alone. An Adam step is about `rate` long, whatever the gradient, so that is the measure."""
-    import torch
+def assert_close(one, other):
+    """Adapters that differ by rounding alone: by less than a thousandth of what was learnt (0.00006 seen; another seed: 20).
 
-    assert one.keys() == other.keys()
-    for k in one:
-        torch.testing.assert_close(one[k], other[k], rtol=1e-3, atol=0.02 * rate)
+    Not element by element, since Adam makes a whole step of a gradient that is rounding alone.
+    """
+    a, b = ({k: v.double() for k, v in t.state()[0].items() if k.startswith("adapter/")} for t in (one, other))
+    assert a.keys() == b.keys()
+    apart = sum(float((a[k] - b[k]).square().sum()) for k in a) ** 0.5
+    learnt = sum(float(a[k].square().sum()) for k in a if k.endswith(".up")) ** 0.5  # these start at 0
+    assert 0 < learnt
+    assert apart < 1e-3 * learnt
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +69,15 @@ def test_another_seed_gives_other_weights_and_losses(train, plain, same, each_lo
     assert not set(losses(other).values()) & set(losses(again).values())
 
 
-@pytest.mark.parametrize("optimizer", [{}, {"loss.min_snr_gamma": None, "train.max_grad_norm": None}], ids=["clipped", "unclipped"])
-def test_accumulation_changes_nothing_but_rounding(optimizer, train, each_loss):
-    whole = train(optimizer)
+@pytest.mark.parametrize("limit", [0.01, None], ids=["clipped", "unclipped"])
+def test_accumulation_changes_nothing_but_rounding(limit, train, each_loss):
+    options = {"loss.min_snr_gamma": 1, "train.max_grad_norm": limit}
+    whole = train(options)
     assert len(losses(whole)) == 8
     for accumulation in (2, 4):
-        cut = train(optimizer | {"train.accumulation": accumulation})  # 3 rows in 2 or 4 parts leave empty slots
+        cut = train(options | {"train.accumulation": accumulation})  # 3 rows in 2 or 4 parts leave empty slots
         assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
-        assert_close(cut.lora(), whole.lora())
+        assert_close(cut, whole)
 
 
 def test_weights_of_folders_count_over_the_whole_batch(train, draw_pictures, tmp_path, each_loss):
@@ -83,7 +88,7 @@ def test_weights_of_folders_count_over_the_whole_batch(train, draw_pictures, tmp
     ]
     whole, cut = (train({"data": folders, "train.accumulation": k}) for k in (1, 2))
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-5)
-    assert_close(cut.lora(), whole.lora())
+    assert_close(cut, whole)
 
 
 def test_two_processes_equal_one(train, command, draw_pictures, tmp_path):
@@ -103,7 +108,7 @@ def test_two_processes_equal_one(train, command, draw_pictures, tmp_path):
     assert losses(both) == pytest.approx(losses(alone), rel=1e-5)
     for one, two in zip(alone.events("validation"), both.events("validation"), strict=True):
         assert two["train"] == pytest.approx(one["train"], rel=1e-4)
-    assert_close(both.lora(), alone.lora())
+    assert_close(both, alone)
     assert {p.name for p in both.root.rglob("*")} == {p.name for p in alone.root.rglob("*")}
 
 
@@ -115,9 +120,9 @@ def test_three_processes_equal_one_and_are_resumed_by_one(train, command, tmp_pa
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     all_three = type(alone)("finished", tmp_path / "run")
-    assert_close(all_three.lora(), alone.lora())
+    assert_close(all_three, alone)
     all_three.checkpoints()[-1].unlink()
     (tmp_path / "run" / "lora.safetensors").unlink()
     resumed = train(changes, root=tmp_path / "run", resume=True)
     assert [e["step"] for e in resumed.events("resumed")] == [4]
-    assert_close(resumed.lora(), alone.lora())
+    assert_close(resumed, alone)

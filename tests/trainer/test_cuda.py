@@ -1,0 +1,81 @@
+"""What only a CUDA device can show; run by hand with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer import control, events, run
+from trainer.config.load import validate
+from trainer.demo.run import DEMO
+from trainer.run_dir import RunDir
+
+pytestmark = pytest.mark.gpu
+
+
+def config(**changes):
+    values = {
+        "data": [{"folder": str(DEMO / "data/zorp/train"), "trigger": "zorp"}, {"folder": str(DEMO / "data/zorp/held_out"), "kind": "validation"}],
+        "adapter": {"rank": 8, "alpha": 8, "targets": ["attention", "feed_forward", "projections", "convolutions"]},
+        "part": {"unet": {"learning_rate": 1e-3}, "text_1": {"learning_rate": 1e-3, "stop": 0.5}},
+        "train": {"visits": 10, "batch_size": 4, "device": "cuda"},
+        "preview": {"enabled": False},
+        "validation": {"every": 0},
+        "output": {"dtype": "fp32"},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        values[section][name] = value
+    return validate(values)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_each_dtype_learns(dtype, tmp_path):
+    outcome, done = run.train(config(train__dtype=dtype, train__visits=30), tmp_path / dtype)
+    losses = [e["held_out"] for e in events.read(done.events) if e["type"] == "validation"]
+    assert outcome == "finished"
+    assert losses[-1] < losses[0] * 0.5, losses
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_resumed_run_is_bit_equal_when_reproducible(dtype, tmp_path):
+    settings = {"train__dtype": dtype, "train__reproducible": True, "adapter__dropout": 0.1, "output__checkpoint_every": 12}
+    _, whole = run.train(config(**settings), tmp_path / "whole")
+    cut = RunDir(tmp_path / "cut")
+
+    def stop(event):
+        if event["type"] == "checkpoint" and event["step"] == 12:
+            control.send(cut, "stop")
+
+    assert run.train(config(**settings), cut.root, show=stop)[0] == "stopped"
+    assert run.train(config(**settings), cut.root, resume=True)[0] == "finished"
+    a, b = load_file(whole.lora("lora")), load_file(cut.lora("lora"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_no_step_waits_for_the_device(dtype, tmp_path, monkeypatch):
+    """torch raises at any synchronising call between the start of a step and the end of its update."""
+    from trainer.step import Step
+
+    begin, update, seen = Step.begin, Step.update, []
+
+    def strict_begin(self, n, batch):
+        if n > 2:  # the first steps compile and pick algorithms
+            torch.cuda.set_sync_debug_mode("error")
+        return begin(self, n, batch)
+
+    def strict_update(self, n, factor):
+        update(self, n, factor)
+        torch.cuda.set_sync_debug_mode("default")
+        seen.append(n)
+
+    monkeypatch.setattr(Step, "begin", strict_begin)
+    monkeypatch.setattr(Step, "update", strict_update)
+    try:
+        run.train(config(train__dtype=dtype, validation__enabled=False), tmp_path / "run")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(seen) == 35
