@@ -34,8 +34,17 @@ def generate(
     hardware = choose(device)
     path = sources.resolve(base, print)
     family = families.get(sources.family_of(path, "auto"))
-    if lora is not None and (found := identify(lora)).kind != "lora":
-        raise ValueError(f"--lora is {lora}, which is {found.what}. Give a LoRA file.")
+    if lora is not None:
+        found = identify(lora)
+        if found.kind != "lora":
+            raise ValueError(f"--lora is {lora}, which is {found.what}. Give a LoRA file.")
+        if found.family not in (None, family.name):
+            raise ValueError(f"--lora is {lora}, which is {found.what}; the base is {family.name}. Give a LoRA that was trained for it.")
+    folder = out or Path("pictures")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out is {folder}, which cannot be made ({error.strerror}). Give another folder.") from None
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[hardware.dtype]
     models = family.load(path, dtype, torch.device(hardware.device), "auto", "sdpa")
     native = family.native_resolution(path)
@@ -51,8 +60,11 @@ def generate(
             None,
             requires_safety_checker=False,
         )
-        pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="lora")
-        pipe.set_adapters(["lora"], [strength])
+        try:
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="lora")
+            pipe.set_adapters(["lora"], [strength])
+        except (RuntimeError, ValueError):  # layers of other sizes, or none that the base has
+            raise ValueError(f"--lora is {lora}, whose layers do not fit the base {path}. Give the base that it was trained on.") from None
     images = family.sample(
         models,
         prompts,
@@ -62,8 +74,6 @@ def generate(
         guidance=guidance,
         size=(width, height),
     )
-    folder = out or Path("pictures")
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for k, image in enumerate(images):
         target, n = folder / f"{seed + k}-{k + 1}.png", 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import gc
 import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -58,14 +60,16 @@ def train(
     processes = Processes(hardware.device)
     lock = Lock(run)
     if processes.main:
-        lock.acquire()
+        with _writable(run):
+            lock.acquire()
     step = 0  # the last that an event named
     emit: Callable[..., Any] = lambda type, **fields: None  # noqa: E731 (other processes than the first write nothing)
     interrupted = _on_interrupt()
     try:
         if processes.main:
-            _check_folder(config, run, resume)
-            writer = events.Writer(run.events)
+            with _writable(run):
+                _check_folder(config, run, resume)
+                writer = events.Writer(run.events)
 
             def emit(type: str, **fields: Any) -> None:
                 nonlocal step
@@ -77,8 +81,9 @@ def train(
             outcome, step = _train(config, run, hardware, processes, emit, resume, interrupted)
         except Exception as error:
             text = _explain(error)
-            _answer_late(run, processes.main, emit, step)
-            emit("failed", step=step, seconds=round(time.time() - started, 1), text=text or f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OSError):  # on a full disk the log cannot grow either; what is raised says it all
+                _answer_late(run, processes.main, emit, step)
+                emit("failed", step=step, seconds=round(time.time() - started, 1), text=text or f"{type(error).__name__}: {error}")
             if text:
                 raise RunError(text) from error
             raise
@@ -127,7 +132,7 @@ def _train(
     from trainer.data.store import Store
     from trainer.formats import kohya
     from trainer.formats.export import export
-    from trainer.loop import Hooks, fit
+    from trainer.loop import Diverged, Hooks, fit
     from trainer.step import Step
 
     if config.train.reproducible:
@@ -187,6 +192,8 @@ def _train(
 
     def do_checkpoint(n: int) -> None:
         if processes.main:
+            if not torch.stack([t.isfinite().all() for t in adapter.state().values()]).all():
+                raise Diverged(f"The weights are not numbers any more after step {n}.")  # the older checkpoints stay
             path = checkpoints.save_checkpoint(run, n, objects, config.output.keep_checkpoints)
             emit("checkpoint", step=n, file=path.relative_to(run.root).as_posix())
 
@@ -291,7 +298,10 @@ def _check_folder(config: TrainConfig, run: RunDir, resume: bool) -> None:
     if resume:
         if not run.config.exists():
             raise RunError(f"There is no run to resume in {run.root}: config.json is missing. Start it without --resume.")
-        kept = TrainConfig.model_validate_json(run.config.read_text(encoding="utf-8"))
+        try:
+            kept = TrainConfig.model_validate_json(run.config.read_text(encoding="utf-8"))
+        except ValueError:  # torn, edited, or of another version
+            raise RunError(f"{run.config} cannot be read as this version's settings, so the run cannot be resumed. Start anew.") from None
         mine, theirs = (json.loads(c.model_dump_json(exclude=MAY_DIFFER)) for c in (config, kept))
         for section, values in mine.items():
             if values != theirs[section]:
@@ -304,6 +314,14 @@ def _check_folder(config: TrainConfig, run: RunDir, resume: bool) -> None:
     write_json(run.config, config.model_dump(mode="json"))
     names = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow")
     write_json(run.versions, {name: packages.version(name) for name in names})
+
+
+@contextlib.contextmanager
+def _writable(run: RunDir) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"The run folder {run.root} cannot be written to: {error.strerror}. Choose another with --run-dir.") from None
 
 
 class _on_interrupt:
@@ -336,10 +354,12 @@ def _explain(error: Exception) -> str | None:
 
     from trainer.loop import Diverged
 
-    if isinstance(error, ValueError):
+    if type(error) is ValueError or (isinstance(error, ValueError) and type(error).__module__.startswith("trainer")):
         return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "The disk is full. Free some space, then run again with --resume."
     if isinstance(error, Diverged):
-        return f"{error} Resume from the last checkpoint with a lower learning rate, or train with train.dtype = bf16 or fp32."
+        return f"{error} Start anew with a lower learning rate, with train.max_grad_norm = 1, or with train.dtype = bf16 or fp32."
     if isinstance(error, torch.OutOfMemoryError):
         gc.collect()
         return (

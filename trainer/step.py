@@ -159,10 +159,14 @@ class Step:
             g.copy_(torch.where(finite, g, 0.0))
         known = [*params, *(v for p in params for v in self.optimizer.state.get(p, {}).values() if isinstance(v, torch.Tensor))]
         before = [x.detach().clone() for x in known]
+        fresh = [p for p in params if p not in self.optimizer.state]
         self.optimizer.step()
         with torch.no_grad():
             for now, old in zip(known, before, strict=True):
                 now.copy_(torch.where(finite.to(now.device), now, old))
+            for p in fresh:  # their state was made just now; of zero gradients it is zero, but for the count of steps
+                if isinstance(count := self.optimizer.state[p].get("step"), torch.Tensor):
+                    count.mul_(finite.to(count.device))
         self.scale.update(finite)
 
     def read_loss(self, steps: int) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -72,7 +72,7 @@ class DatasetConfig(Strict):
     @classmethod
     def _size(cls, value: int | None) -> int | None:
         if value is not None and (value % 8 or not 64 <= value <= 2048):
-            near = min(2048, max(64, round(value / 8) * 8))
+            near = min(2048, max(64, (value + 4) // 8 * 8))
             raise ValueError(f"must be a multiple of 8 from 64 to 2048. Nearest: {near}")
         return value
 
@@ -215,6 +215,11 @@ class TrainConfig(Strict):
     validation: ValidationConfig = ValidationConfig()
     output: OutputConfig = OutputConfig()
 
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _default_kind(cls, value: Any) -> Any:
+        return {"kind": "adamw"} | value if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _together(self) -> TrainConfig:
         if not any(d.kind == "train" for d in self.data):
@@ -222,6 +227,8 @@ class TrainConfig(Strict):
         rates = [p.learning_rate for p in (self.part.unet, self.part.text_1) if p.train]
         if not rates:
             raise ValueError("no part is trained; set part.unet.train or part.text_1.train to true.")
+        if all(p.stop < 1 for p in (self.part.unet, self.part.text_1) if p.train):
+            raise ValueError("no part is trained to the end of the run; set part.unet.stop or part.text_1.stop to 1.")
         if self.optimizer.kind == "prodigy" and len(set(rates)) > 1:
             raise ValueError("The learning rates of the trained parts differ; Prodigy needs one rate for all. Set each to 1.")
         return self

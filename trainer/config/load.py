@@ -67,7 +67,7 @@ def read_file(path: Path) -> dict[str, Any]:
 def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
     """`a.b=c` strings as a nested dict; the value is read as TOML where it is valid TOML, else as a plain string.
 
-    Raises ConfigError for a string without `=`.
+    Raises ConfigError for a string without `=`, and for one that goes into what another sets.
     """
     out: dict[str, Any] = {}
     for item in assignments:
@@ -82,6 +82,8 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
         *tables, last = key.strip().split(".")
         for table in tables:
             node = node.setdefault(table, {})
+            if not isinstance(node, dict):
+                raise ConfigError({"--set": f"--set {item!r} sets a value inside {table}, to which another --set gives {node!r}. Drop one."})
         node[last] = value
     return out
 

@@ -149,8 +149,11 @@ def _list_files(folder: Path, field: str, problems: list[str]) -> list[Path] | N
         elif isinstance(error, NotADirectoryError):
             problems.append(f"{field} is {folder}, which is a file; give the folder that it is in.")
         else:
-            problems.append(f"{field} is {folder}, which cannot be opened ({error.strerror}); make it readable for you.")
+            problems.append(f"{field} is {folder}, which cannot be opened ({error.strerror}); make it readable for you, or give another.")
 
+    if "\0" in str(folder):
+        problems.append(f"{field} is {str(folder)!r}, which no folder can be called; give the path of a folder with images.")
+        return None
     files: list[Path] = []
     visited: set[Path] = set()  # a link may lead back up
     for root, folders, names in os.walk(folder, onerror=failed, followlinks=True):

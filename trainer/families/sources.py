@@ -5,15 +5,23 @@ Nothing is downloaded but a hub id that the user named, and its size and licence
 
 from __future__ import annotations
 
+import errno
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from trainer.config.load import ROOT
+from trainer.formats import FormatError
+from trainer.formats.metadata import read_header
 from trainer.formats.probe import identify
 
 DEMO = ROOT / "assets" / "demo" / "base"
 FAMILIES = ("sd1",)
+# The weights of each part of a diffusers folder, whole or in numbered pieces: what the loaders open, and all that is fetched of them.
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PIECES = r"(-\d+-of-\d+)?\.safetensors"
 
 
 class SourceError(ValueError):
@@ -26,60 +34,140 @@ def resolve(source: str, say: Callable[[str], None]) -> Path:
     if text == "demo":
         return DEMO
     path = Path(text).expanduser()
-    if path.exists():
+    if text and _exists(path):
         return path.resolve()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and path.suffix != ".safetensors" and not text.startswith("."):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and path.suffix not in (".safetensors", ".ckpt") and not text.startswith("."):
         return _download(text, say)
     raise SourceError(
-        f"model.source is {source!r}, and there is no such file or folder. Give a diffusers folder, a .safetensors checkpoint, "
+        f"model.source is {_short(source)}, and there is no such file or folder. Give a diffusers folder, a .safetensors checkpoint, "
         "a hub id like owner/name, or demo."
     )
 
 
 def family_of(path: Path, wanted: str) -> str:
-    """The family's name, read from the files. Raises SourceError for what is no base or of a family not supported."""
-    found = identify(path)
-    if found.kind not in FAMILIES:
-        raise SourceError(f"model.source is {path}, which is {found.what}. Choose a Stable Diffusion 1.x base model.")
-    if wanted not in ("auto", found.kind):
-        raise SourceError(f"model.family is {wanted!r}, but {path} is {found.kind}. Set model.family to auto.")
+    """The family's name, read from the files. Raises SourceError for what is no base, not supported, or not complete."""
+    try:
+        found = identify(path)
+        if found.kind not in FAMILIES:
+            raise SourceError(f"model.source is {path}, which is {found.what}. Choose a Stable Diffusion 1.x base model.")
+        if wanted not in ("auto", found.kind):
+            raise SourceError(f"model.family is {wanted!r}, but {path} is {found.kind}. Set model.family to auto.")
+        if path.is_dir():
+            _check_folder(path)
+    except OSError as error:
+        raise SourceError(f"model.source is {path}, which cannot be read ({error.strerror or error}). Make it readable for you.") from None
     return found.kind
 
 
-def _download(repo: str, say: Callable[[str], None]) -> Path:
-    """Fetch a model of the hub into its cache, with the hub's progress bars; files already there are not fetched again."""
-    from diffusers import StableDiffusionPipeline
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for this system
+        return False
 
-    offline = f"The hub cannot be reached, so {repo} cannot be downloaded. Check the network, or give the path of a model on this machine."
-    kinds = ("model_index.json", "unet/", "vae/", "text_encoder/", "tokenizer/", "scheduler/")
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:200]} ...")
+
+
+def _check_folder(path: Path) -> None:
+    """Raise SourceError for the first file of a diffusers folder that is missing or damaged: the loaders' own words name no remedy."""
+    again = "Download or copy the model again."
+    for name in (*(f"{part}/config.json" for part in WEIGHTS), "scheduler/scheduler_config.json"):
+        try:
+            json.loads((path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise SourceError(f"model.source is {path}, where {name} is missing or cannot be read. {again}") from None
+    words = {p.name for p in (path / "tokenizer").glob("*")}
+    if "tokenizer.json" not in words and not {"vocab.json", "merges.txt"} <= words:
+        raise SourceError(f"model.source is {path}, where tokenizer/ has neither tokenizer.json nor vocab.json and merges.txt. {again}")
+    for part, stem in WEIGHTS.items():
+        names = sorted(p.name for p in (path / part).iterdir())
+        pieces = [n for n in names if re.fullmatch(stem + PIECES, n)]
+        if not pieces:
+            raise SourceError(f"model.source is {path}, where {_no_weights(part, names)}")
+        for name in pieces:
+            try:
+                read_header(path / part / name)
+            except FormatError as error:
+                raise SourceError(f"model.source is {path}, where {part}/{error}") from None
+
+
+def _no_weights(part: str, names: Iterable[str]) -> str:
+    """The rest of a sentence on a part of which the files `names` are there, none of them weights that are read."""
+    want = f"{part}/{WEIGHTS[part]}.safetensors"
+    if other := [n for n in names if n.endswith(".safetensors")]:
+        return f"{want} is missing; {other[0]} is not read. Choose a model that has it, or copy that file under this name."
+    if pickles := [n for n in names if n.endswith((".bin", ".ckpt", ".pt"))]:
+        return f"{want} is missing; {pickles[0]} is a pickle and is not opened. Choose a model with .safetensors files."
+    return f"{want} is missing. Download or copy the model again."
+
+
+def _download(repo: str, say: Callable[[str], None]) -> Path:
+    """Fetch a model of the hub into its cache, with the hub's progress bars; files already there are not fetched again.
+
+    Where the hub cannot be reached, the copy in the cache serves.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    nothing = f"model.source is {repo!r}: there is no such folder here"
     try:
         info = HfApi().model_info(repo, files_metadata=True)
-        files = [
-            f for f in info.siblings or [] if f.rfilename.startswith(kinds) and f.rfilename.endswith((".safetensors", ".json", ".txt"))
-        ]
-        if not any(f.rfilename == "model_index.json" for f in files):
-            raise SourceError(
-                f"model.source is {repo!r}, a hub repository without model_index.json. Choose one in diffusers format, or download a "
-                ".safetensors checkpoint and give its path."
-            )
-        half = {f.rfilename for f in files if ".fp16." in f.rfilename}
-        variant = "fp16" if any(name.startswith("unet/") for name in half) else None
-        wanted = [f for f in files if f.rfilename.endswith((".json", ".txt")) or (f.rfilename in half) == (variant is not None)]
-        size = sum(f.size or 0 for f in wanted if ".non_ema." not in f.rfilename) / 1e9
-        licence = (info.card_data.get("license") if info.card_data else None) or "none stated"
-        say(f"Downloading {repo} from huggingface.co: about {size:.1f} GB, licence: {licence}.")
-        return Path(
-            StableDiffusionPipeline.download(repo, variant=variant, use_safetensors=True, safety_checker=None, feature_extractor=None)
-        )
+        wanted = _wanted(repo, info.siblings or [])
+        missing = [f for f in wanted if not _cached(repo, f.rfilename, info.sha)]
+        if missing:
+            licence = (info.card_data.get("license") if info.card_data else None) or "none stated"
+            size = sum(f.size or 0 for f in missing)
+            text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(1, round(size / 1e6))} MB"
+            say(f"Downloading {repo} from huggingface.co: about {text}, licence: {licence}.")
+            return Path(snapshot_download(repo, allow_patterns=[f.rfilename for f in wanted]))
+        return _cached(repo, "model_index.json", info.sha).parent
     except GatedRepoError:
         raise SourceError(f"{repo} asks you to accept its terms: open huggingface.co/{repo}, accept, then run `hf auth login`.") from None
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):
+        raise SourceError(f"{nothing}, and no such model on the hub (or it is private).") from None
+    except (HTTPError, OSError) as error:  # of httpx; not every one of its errors is an OSError
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise SourceError(
+                f"The disk is full: {repo} could not be downloaded. Free some space, or set HF_HOME to another disk."
+            ) from None
+        offline = isinstance(error, OfflineModeIsEnabled)
+        why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({type(error).__name__})"
+        if (index := _cached(repo, "model_index.json", None)) and _is_complete(index.parent):
+            say(f"Using the copy of {repo} on this machine, since {why}.")
+            return index.parent
+        remedy = "Unset it" if offline else "Check the network"
+        raise SourceError(f"{nothing}, and {why}. {remedy}, or give the path of a model on this machine.") from None
+
+
+def _wanted(repo: str, siblings: list[Any]) -> list[Any]:
+    """The files of a hub repository that the loaders open. Raises SourceError for a repository that cannot be loaded."""
+    names = [f.rfilename for f in siblings]
+    if "model_index.json" not in names:
         raise SourceError(
-            f"model.source is {repo!r}: there is no such folder here and no such model on the hub (or it is private)."
-        ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, SourceError):
-            raise
-        raise SourceError(f"{offline} ({type(error).__name__})") from None
+            f"model.source is {repo!r}, a hub repository without model_index.json. Choose one in diffusers format, or download a "
+            ".safetensors checkpoint and give its path."
+        )
+    weights = {part: re.compile(f"{part}/{stem}{PIECES}") for part, stem in WEIGHTS.items()}
+    for part, pattern in weights.items():
+        if not any(pattern.fullmatch(n) for n in names):
+            there = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
+            raise SourceError(f"model.source is {repo!r}, a hub repository where {_no_weights(part, there)}")
+    texts = re.compile(rf"model_index\.json|({'|'.join(WEIGHTS)}|tokenizer|scheduler)/[^/]+\.(json|txt)")
+    return [f for f in siblings if any(p.fullmatch(f.rfilename) for p in (texts, *weights.values()))]
+
+
+def _cached(repo: str, name: str, revision: str | None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        _check_folder(path)
+    except (SourceError, OSError):
+        return False
+    return True

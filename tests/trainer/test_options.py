@@ -1,0 +1,60 @@
+"""Options that change how a run computes, not what it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+WIDE = {"adapter.targets": ["attention", "feed_forward", "projections", "convolutions"], "train.visits": 2}
+
+
+def far(a: dict, b: dict) -> float:
+    """Largest difference of two exports, over the largest weight."""
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).abs().max()) for k in a) / max(float(t.abs().max()) for t in a.values())
+
+
+def test_checkpointing_computes_the_same(train):
+    plain, saving = train(WIDE), train(WIDE | {"train.checkpointing": True})
+    assert plain.outcome == saving.outcome == "finished"
+    assert far(plain.lora(), saving.lora()) < 1e-4
+    ups = [t for k, t in saving.lora().items() if k.endswith("lora_up.weight")]
+    assert all(t.any() for t in ups), "a layer got no gradient"
+
+
+def test_checkpointing_is_really_on(train, monkeypatch):
+    """Its point is the backward pass that computes the forward again: the UNet's first convolution block runs twice a step."""
+    from diffusers.models.resnet import ResnetBlock2D
+
+    calls = {"n": 0}
+    forward = ResnetBlock2D.forward
+
+    def counted(self, *args, **kwargs):
+        calls["n"] += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(ResnetBlock2D, "forward", counted)
+    train(WIDE | {"train.visits": 1})
+    plain, calls["n"] = calls["n"], 0
+    train(WIDE | {"train.visits": 1, "train.checkpointing": True})
+    assert calls["n"] > plain
+
+
+def test_a_bf16_base_trains_fp32_adapters(train):
+    done = train({"train.dtype": "bf16", "train.visits": 2})
+    assert done.events("started")[0]["dtype"] == "bf16"
+    tensors, _ = done.state()
+    adapter = {k: t for k, t in tensors.items() if k.startswith("adapter/")}
+    assert adapter and all(t.dtype == torch.float32 for t in adapter.values())
+    assert any(t.any() for k, t in adapter.items() if k.endswith(".up"))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_1"])
+def test_one_part_alone(train, part):
+    other = {"unet": "text_1", "text_1": "unet"}[part]
+    done = train({f"part.{other}.train": False, "train.visits": 2})
+    exported = done.events("exported")[-1]["modules"]
+    trained = {k for k, t in done.lora().items() if k.endswith("lora_up.weight") and t.any()}
+    prefix = {"unet": "lora_unet_", "text_1": "lora_te_"}[part]
+    assert trained and all(k.startswith(prefix) for k in trained)
+    assert exported[part] > 0
