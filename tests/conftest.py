@@ -148,7 +148,9 @@ def command(settings, tmp_path_factory) -> Callable[..., subprocess.Popen]:
             config = [str(path)]
         words = [sys.executable, *launcher, "-m", "trainer", "train", *config, "--run-dir", str(root), *more]
         pipe = subprocess.PIPE
-        return subprocess.Popen(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
 
     return start
 

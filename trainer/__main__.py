@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Terminal:
                 layout = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps {postfix}"
                 self.bar = tqdm(total=self.total, bar_format=layout, dynamic_ncols=True, mininterval=0)
         elif kind == "step":
-            eta = time.strftime("%H:%M:%S", time.gmtime(event["eta_s"]))
+            eta = timedelta(seconds=round(event["eta_s"]))
             text = f"loss {event['loss']:.4f}, {event['images_per_s']:.2f} images/s, {eta} left"
             if self.bar is not None:
                 self.bar.set_postfix_str(text, refresh=False)

@@ -13,7 +13,7 @@ class Processes:
 
         self.accelerator = Accelerator(mixed_precision="no", cpu=device == "cpu")
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
-        self.main = self.rank == 0
+        self.main, self.device = self.rank == 0, self.accelerator.device
 
     def reduce(self, tensors: list[torch.Tensor]) -> None:
         """Sum `tensors` (one dtype) over the processes, in place, as one message."""

@@ -139,7 +139,7 @@ def _train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
-    device = torch.device(hardware.device)
+    device = processes.device if processes.size > 1 else torch.device(hardware.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[hardware.dtype]
     family = families.get(ready.family)
     models = family.load(ready.source, dtype, device, config.model.prediction, config.train.attention)
@@ -151,7 +151,7 @@ def _train(
     emit("stage", name="encoding")
     store = Store(config, ready.plan, family, models, text_trains)
     measures = _measures(config, ready.plan, family, models, text_trains, validation) if config.validation.enabled else {}
-    models.park("vae", *(p for p in family.parts if p != "unet" and not text_trains))
+    models.park("vae", *(p for p in family.parts if p != "unet" and store.tokens is None))
 
     # 4. what is trained
     stops = {name: plan.stop_step(part.stop, total) for name, part in trained.items()}
@@ -264,7 +264,7 @@ def _facts(config: TrainConfig, ready: Prepared, models: Any, trained: dict[str,
         if (captions := tuple(i.caption for i in ready.plan.images if i.source == k))
     ]
     return Facts(
-        base=models.name if ready.source != sources.DEMO else "LoRA Atelier demo base",
+        base=config.model.source if ready.source != sources.DEMO else "LoRA Atelier demo base",
         rank=config.adapter.rank,
         alpha=config.adapter.alpha,
         prediction=models.prediction,

@@ -26,7 +26,9 @@ ZORP_PROMPTS = [f"zorp on a {c} background" for c in ("blue", "white", "pink", "
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("demo") / "out"
-    done = subprocess.run([sys.executable, "-m", "trainer.demo.run", "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer.demo.run", "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=800
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((out / "demo.json").read_text()) | {"stdout": done.stdout}
 
@@ -39,7 +41,9 @@ def sample(prompts: list[str], lora: Path | None, seed: int = 77) -> list[Image.
     if lora:
         pipe.load_lora_weights(lora.parent, weight_name=lora.name)
     seeds = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
-    return pipe(list(prompts), generator=seeds, num_inference_steps=SAMPLING["steps"], guidance_scale=SAMPLING["guidance"], width=128, height=128).images
+    return pipe(
+        list(prompts), generator=seeds, num_inference_steps=SAMPLING["steps"], guidance_scale=SAMPLING["guidance"], width=128, height=128
+    ).images
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,12 @@ def test_the_nearest_resolution_is_named(value, nearest):
 
 def test_all_errors_come_at_once():
     found = errors(
-        {"adapter": {"rank": 0, "alhpa": 1}, "train": {"seed": -1}, "dataset": {"resolution": 500}, "optimizer": {"kind": "adamw", "beta1": 2}}
+        {
+            "adapter": {"rank": 0, "alhpa": 1},
+            "train": {"seed": -1},
+            "dataset": {"resolution": 500},
+            "optimizer": {"kind": "adamw", "beta1": 2},
+        }
     )
     assert set(found) == {"adapter.rank", "adapter.alhpa", "train.seed", "dataset.resolution", "optimizer.beta1"}
     assert all(text.startswith(field) for field, text in found.items())

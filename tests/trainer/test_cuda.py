@@ -16,7 +16,10 @@ pytestmark = pytest.mark.gpu
 
 def config(**changes):
     values = {
-        "data": [{"folder": str(DEMO / "data/zorp/train"), "trigger": "zorp"}, {"folder": str(DEMO / "data/zorp/held_out"), "kind": "validation"}],
+        "data": [
+            {"folder": str(DEMO / "data/zorp/train"), "trigger": "zorp"},
+            {"folder": str(DEMO / "data/zorp/held_out"), "kind": "validation"},
+        ],
         "adapter": {"rank": 8, "alpha": 8, "targets": ["attention", "feed_forward", "projections", "convolutions"]},
         "part": {"unet": {"learning_rate": 1e-3}, "text_1": {"learning_rate": 1e-3, "stop": 0.5}},
         "train": {"visits": 10, "batch_size": 4, "device": "cuda"},
@@ -79,3 +82,17 @@ def test_no_step_waits_for_the_device(dtype, tmp_path, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(seen) == 35
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_previews_borrow_the_frozen_encoder_and_the_vae(dtype, tmp_path):
+    """With the text encoder frozen, it and the VAE wait on the CPU; previews have them on the GPU, and the pictures change."""
+    import numpy as np
+    from PIL import Image
+
+    values = config(train__dtype=dtype, preview__enabled=True).model_dump(mode="json")
+    values["part"]["text_1"]["train"] = False
+    _, done = run.train(validate(values), tmp_path / "run")
+    shown = [e["images"] for e in events.read(done.events) if e["type"] == "preview"]
+    first, last = (np.stack([np.asarray(Image.open(done.previews / n), np.float32) for n in names]) for names in (shown[0], shown[-1]))
+    assert first.std() > 20 and np.abs(first - last).mean() > 1

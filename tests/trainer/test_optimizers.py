@@ -30,7 +30,10 @@ class Toy:
             part: [torch.nn.Parameter((torch.randn(s, generator=draw) * 0.1).to(device)) for s in sizes] for part, sizes in shapes.items()
         }
         rate = RATES.get(kind, 0.02)
-        groups = [{"params": self.parts["unet"], "lr": rate, "part": "unet"}, {"params": self.parts["text_1"], "lr": rate, "part": "text_1"}]
+        groups = [
+            {"params": self.parts["unet"], "lr": rate, "part": "unet"},
+            {"params": self.parts["text_1"], "lr": rate, "part": "text_1"},
+        ]
         self.rate, self.device = rate, device
         self.optimizer = optimizers.build(configured(kind), groups, torch.device(device))
         self.objects = {"adapter": self, "optimizer": checkpoints.OptimizerState(self.optimizer)}
@@ -57,7 +60,7 @@ class Toy:
             if n >= 20:
                 self.parts["text_1"][0].grad = None
             for group in self.optimizer.param_groups:
-                optimizers.set_rate(group, self.rate * (1 - 0.5 * n / STEPS))
+                optimizers.set_rate(group, self.rate / (1 + n / 200))
             self.optimizer.step()
         return self
 
@@ -105,14 +108,17 @@ def test_every_kind_of_the_configuration_is_there():
 
 
 def test_options_reach_the_optimizer():
-    toy = Toy("adamw")
-    built = optimizers.build(configured("adamw", beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.7), toy.optimizer.param_groups, torch.device("cpu"))
-    for group in built.param_groups:
+    def build(kind, **options):
+        groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.5, "part": part} for part in ("unet", "text_1")]
+        built = optimizers.build(configured(kind, **options), groups, torch.device("cpu")).param_groups
+        assert [(g["part"], float(g["lr"])) for g in built] == [("unet", 0.5), ("text_1", 0.5)]
+        return built
+
+    for group in build("adamw", beta1=0.5, beta2=0.6, eps=1e-3, weight_decay=0.7):
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.5, 0.6), 1e-3, 0.7)
-    assert [g["part"] for g in built.param_groups] == ["unet", "text_1"]
     if find_spec("prodigyopt"):
-        built = optimizers.build(configured("prodigy", d_coef=3, weight_decay=0.2), Toy("prodigy").optimizer.param_groups, torch.device("cpu"))
-        assert {(g["d_coef"], g["weight_decay"]) for g in built.param_groups} == {(3, 0.2)}
+        for group in build("prodigy", d_coef=3, weight_decay=0.2, beta1=0.8):
+            assert (group["d_coef"], group["weight_decay"], group["betas"]) == (3, 0.2, (0.8, 0.99))
 
 
 def test_8bit_without_an_nvidia_gpu_says_what_to_do():

@@ -58,3 +58,21 @@ def test_one_part_alone(train, part):
     prefix = {"unet": "lora_unet_", "text_1": "lora_te_"}[part]
     assert trained and all(k.startswith(prefix) for k in trained)
     assert exported[part] > 0
+
+
+def test_a_text_encoder_whose_captions_do_not_fit_stays(train, monkeypatch):
+    """Past the budget for cached text states a frozen encoder encodes each step, with the same result."""
+    from trainer.data import store
+
+    changes = {"part.text_1.train": False, "train.visits": 2}
+    cached = train(changes)
+    monkeypatch.setattr(store, "TEXT_BUDGET", 0)
+    assert far(cached.lora(), train(changes).lora()) < 1e-5
+
+
+def test_relative_paths_mean_the_same_when_resumed_elsewhere(train, pictures, tmp_path, monkeypatch):
+    from trainer.config.load import load
+
+    monkeypatch.chdir(pictures.parent)
+    config = load(assignments=[f'data=[{{folder="{pictures.name}"}}]'])
+    assert config.data[0].folder == pictures

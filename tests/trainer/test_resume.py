@@ -89,7 +89,9 @@ def test_a_finished_run_resumes_to_itself(train, same):
 def test_what_a_resumed_run_learns_depends_on_its_checkpoint(train, same):
     """Guards the tests above: a checkpoint of another run must end in other weights."""
     one, other = (train({"train.seed": s}, stop_at=STEPS // 2) for s in (0, 1))
-    (one.root / "checkpoints" / "step-000004.safetensors").write_bytes((other.root / "checkpoints" / "step-000004.safetensors").read_bytes())
+    (one.root / "checkpoints" / "step-000004.safetensors").write_bytes(
+        (other.root / "checkpoints" / "step-000004.safetensors").read_bytes()
+    )
     assert not same(train(root=one.root, resume=True).lora(), train().lora())
 
 

@@ -182,9 +182,7 @@ def test_requests_are_answered(train):
     folder = RunDir(train(LOOKED_AT, stop_at=0).root)
     asked = train({**LOOKED_AT, "preview.every": 0}, root=folder.root, resume=True, show=ask)
     answers = {e["id"]: (e["request"], e["step"], e["detail"]) for e in asked.events("answered")}
-    assert {k: answers[k] for k in ids} == {
-        k: (kind, 1, "unknown request" if kind == "dance" else "done") for k, kind in ids.items()
-    }
+    assert {k: answers[k] for k in ids} == {k: (kind, 1, "unknown request" if kind == "dance" else "done") for k, kind in ids.items()}
     order = [(e["type"], e.get("step")) for e in asked.events("checkpoint", "exported", "preview", "answered")]
     at = order.index(("checkpoint", 1))
     assert order[at : at + 6] == [("checkpoint", 1), ("exported", 1), ("preview", 1), *[("answered", 1)] * 3]
@@ -200,7 +198,10 @@ def test_an_unknown_request_cannot_be_sent(tmp_path):
 def test_checkpoints_are_pruned_and_exported_loras_never(train):
     kept = train({"output.checkpoint_every": 1, "output.keep_checkpoints": 3, "output.save_every": 1})
     assert [p.name for p in kept.checkpoints()] == [f"step-{n:06}.safetensors" for n in (6, 7, 8)]
-    assert sorted(p.name for p in kept.root.glob("*.safetensors")) == [*(f"lora-{n:06}.safetensors" for n in range(1, 8)), "lora.safetensors"]
+    assert sorted(p.name for p in kept.root.glob("*.safetensors")) == [
+        *(f"lora-{n:06}.safetensors" for n in range(1, 8)),
+        "lora.safetensors",
+    ]
     assert len({(kept.root / f"lora-{n:06}.safetensors").read_bytes() for n in range(1, 8)}) == 7
 
 
@@ -286,7 +287,9 @@ def test_a_full_disk_keeps_the_older_checkpoint(train, monkeypatch, tmp_path, sa
     with pytest.raises(RunError) as refused:
         train({"output.checkpoint_every": 2}, root=tmp_path, show=fill)
     text = str(refused.value)
-    assert text.startswith(f"The disk is full: the checkpoint could not be written to {tmp_path / 'checkpoints' / 'step-000004.safetensors'}")
+    assert text.startswith(
+        f"The disk is full: the checkpoint could not be written to {tmp_path / 'checkpoints' / 'step-000004.safetensors'}"
+    )
     assert "Free some space, then run again with --resume." in text
     *_, failed = events.read(tmp_path / "events.jsonl")
     assert (failed["type"], failed["text"], failed["step"]) == ("failed", text, 2)

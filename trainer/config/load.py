@@ -83,7 +83,9 @@ def parse_set(assignments: Iterable[str]) -> dict[str, Any]:
         for table in tables:
             node = node.setdefault(table, {})
             if not isinstance(node, dict):
-                raise ConfigError({"--set": f"--set {item!r} sets a value inside {table}, to which another --set gives {node!r}. Drop one."})
+                raise ConfigError(
+                    {"--set": f"--set {item!r} sets a value inside {table}, to which another --set gives {node!r}. Drop one."}
+                )
         node[last] = value
     return out
 
@@ -97,20 +99,33 @@ def load(
 ) -> TrainConfig:
     """The configuration of one run. Later sources win: preset, file, `values`, `assignments`.
 
-    A file may name its preset itself, as `preset = "sd1/balanced"`. Relative data folders are relative to the file.
+    A file may name its preset itself, as `preset = "sd1/balanced"`. Relative paths are relative to the file, and those in
+    `values` and `assignments` to the current folder.
     Raises ConfigError with every error found.
     """
     raw = read_file(path) if path else {}
     preset = preset or raw.get("preset")
     raw.pop("preset", None)
-    if path:
-        for entry in raw.get("data", []) if isinstance(raw.get("data"), list) else []:
-            if isinstance(entry, dict) and isinstance(entry.get("folder"), str):
-                entry["folder"] = str(path.resolve().parent / Path(entry["folder"]).expanduser())
-    merged = merge(read_preset(preset) if preset else {}, raw)
+    merged = merge(read_preset(preset) if preset else {}, _absolute(raw, path.resolve().parent) if path else raw)
     merged = merge(merged, values or {})
     merged = merge(merged, parse_set(assignments))
-    return validate(merged)
+    return validate(_absolute(merged, Path.cwd()))
+
+
+def _absolute(values: dict[str, Any], root: Path) -> dict[str, Any]:
+    """`values` with relative data folders, and a relative path of a base that exists, taken from `root`: a run's config.json must
+    mean the same wherever it is resumed."""
+    out = dict(values)
+    if isinstance(values.get("data"), list):
+        known = [isinstance(e, dict) and isinstance(e.get("folder"), str) for e in values["data"]]
+        pairs = zip(values["data"], known, strict=True)
+        out["data"] = [e | {"folder": str(root / Path(e["folder"]).expanduser())} if ok else e for e, ok in pairs]
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(source := model.get("source"), str) and source not in ("", "demo"):
+        local = root / Path(source).expanduser()
+        if len(source) < 1000 and "\0" not in source and local.exists():
+            out["model"] = model | {"source": str(local)}
+    return out
 
 
 def validate(values: dict[str, Any]) -> TrainConfig:

@@ -49,7 +49,9 @@ SAMPLING = {"negative": "", "steps": 15, "guidance": 4.0, "size": (128, 128)}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="launch.py demo", description="Train a LoRA on the embedded toy base model; about a minute on two CPU cores.")
+    parser = argparse.ArgumentParser(
+        prog="launch.py demo", description="Train a LoRA on the embedded toy base model; about a minute on two CPU cores."
+    )
     parser.add_argument("--concept", choices=tuple(CONCEPTS), default="zorp", help="what to learn (default: zorp)")
     parser.add_argument("--out", type=Path, default=None, help="folder for the results (default: runs/DATE-demo-CONCEPT)")
     args = parser.parse_args(argv)
@@ -75,7 +77,10 @@ def demo(concept: str, out: Path | None) -> dict[str, Any]:
     from trainer.run_dir import RunError, default_run_dir
 
     folder = DEMO / "data" / concept
-    data = [{"folder": str(folder / "train"), "trigger": concept if concept == "zorp" else ""}, {"folder": str(folder / "held_out"), "kind": "validation"}]
+    data = [
+        {"folder": str(folder / "train"), "trigger": concept if concept == "zorp" else ""},
+        {"folder": str(folder / "held_out"), "kind": "validation"},
+    ]
     config = load(preset="sd1/demo", values={"data": data, "output": {"name": f"demo-{concept}"}})
     outcome, done = run.train(config, out or default_run_dir(f"demo-{concept}"), show=Terminal())
     if outcome != "finished":
@@ -142,7 +147,9 @@ def _moved(a: Any, b: Any) -> float:
     return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
 
 
-def _sheet(concept: str, pictures: dict[str, tuple[Any, Any]], told: tuple[str, ...], examples: list[Path], losses: tuple[float, float]) -> Any:
+def _sheet(
+    concept: str, pictures: dict[str, tuple[Any, Any]], told: tuple[str, ...], examples: list[Path], losses: tuple[float, float]
+) -> Any:
     """The contact sheet: what was learnt from, then before above after for prompts with and without the concept."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -166,7 +173,12 @@ def _sheet(concept: str, pictures: dict[str, tuple[Any, Any]], told: tuple[str, 
         return "\n".join(lines[:2])
 
     draw.text((gap, 14), f"What the LoRA learnt: {concept}", font=big, fill=ink)
-    draw.text((gap, 48), f"Loss on held-out pictures {losses[0]:.3f} before, {losses[1]:.3f} after ({losses[1] / losses[0] - 1:+.0%}).", font=small, fill=soft)
+    draw.text(
+        (gap, 48),
+        f"Loss on held-out pictures {losses[0]:.3f} before, {losses[1]:.3f} after ({losses[1] / losses[0] - 1:+.0%}).",
+        font=small,
+        fill=soft,
+    )
     y = 84
     draw.text((gap, y + tile // 2 - 8), "learnt from", font=small, fill=soft)
     for k, path in enumerate(examples):
@@ -175,7 +187,9 @@ def _sheet(concept: str, pictures: dict[str, tuple[Any, Any]], told: tuple[str, 
     for n, row in enumerate(bands):
         if n < 2:
             draw.line((gap, y, width - gap, y), fill=(222, 224, 230))
-            draw.text((gap, y + 6), ("Unrelated prompts: these should stay as they were", f"Prompts with {concept}")[n == 0], font=small, fill=ink)
+            draw.text(
+                (gap, y + 6), ("Unrelated prompts: these should stay as they were", f"Prompts with {concept}")[n == 0], font=small, fill=ink
+            )
             y += 28
         for j, word in enumerate(("before", "after")):
             draw.text((gap, y + j * (tile + 4) + tile // 2 - 8), word, font=small, fill=soft)

@@ -34,7 +34,6 @@ class Models:
     scheduler: dict[str, Any]
     prediction: str
     alphas_cumprod: torch.Tensor
-    name: str
     device: torch.device
     parked: set[str] = field(default_factory=set)
 

@@ -78,7 +78,7 @@ class SD1:
             prediction = scheduler.get("prediction_type", "epsilon")
         scheduler["prediction_type"] = prediction
         alphas = DDPMScheduler.from_config(scheduler).alphas_cumprod.to(device=device, dtype=torch.float32)
-        return Models({"unet": unet, "text_1": text}, vae, tokenizer, scheduler, prediction, alphas, source.stem, device)
+        return Models({"unet": unet, "text_1": text}, vae, tokenizer, scheduler, prediction, alphas, device)
 
     def targets(self, models: Models, part: str, kinds: Sequence[str]) -> list[str]:
         """Module paths of `part` that `kinds` stand for, in the model's own order."""
