@@ -95,7 +95,7 @@ def _dry_run(config: Any, as_json: bool) -> int:
     from trainer.hardware import choose
 
     hardware = choose(config.train.device, config.train.dtype, config.train.attention)
-    ready = run.prepare(config, print)
+    ready = run.prepare(config, lambda text: print(text, file=sys.stderr))  # stdout may be JSON
     laid, total = ready.plan, len(ready.plan.steps)
     counted = families.get(ready.family).count(ready.source, config.adapter.targets, config.adapter.rank)
     parts = {
@@ -164,7 +164,9 @@ def _inspect(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from trainer.tools.convert import convert
 
-    convert(args.source, args.target, args.naming)
+    notes = convert(args.source, args.target, args.naming)
+    for text in notes:
+        print(f"Note: {text}")
     print(f"Saved {args.target}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 
@@ -32,7 +33,7 @@ def generate(
     from trainer.hardware import choose
 
     hardware = choose(device)
-    path = sources.resolve(base, print)
+    path = sources.resolve(base, lambda text: print(text, file=sys.stderr))  # stdout has the pictures' paths alone
     family = families.get(sources.family_of(path, "auto"))
     if lora is not None:
         found = identify(lora)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import TrainConfig
-from trainer.config.load import PRESETS, ConfigError, load, parse_set, presets, read_preset, validate
+from trainer.config.load import PRESETS, ConfigError, load, parse_set, presets, read_preset
 
 DATA = {"data": [{"folder": "x"}]}
 
@@ -133,7 +133,7 @@ def test_assignments_are_toml_or_plain_text():
 
 @pytest.mark.parametrize("item", ["adapter.rank", "", "=3"])
 def test_an_assignment_without_key_or_value_is_refused(item):
-    with pytest.raises(ConfigError, match="has no value; write it as section.name=value"):
+    with pytest.raises(ConfigError, match=r"has no value; write it as section\.name=value"):
         parse_set([item])
 
 

@@ -32,7 +32,7 @@ def assert_close(one, other):
     assert a.keys() == b.keys()
     apart = sum(float((a[k] - b[k]).square().sum()) for k in a) ** 0.5
     learnt = sum(float(a[k].square().sum()) for k in a if k.endswith(".up")) ** 0.5  # these start at 0
-    assert 0 < learnt
+    assert learnt > 0
     assert apart < 1e-3 * learnt
 
 

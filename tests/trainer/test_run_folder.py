@@ -207,7 +207,7 @@ def test_checkpoints_are_pruned_and_exported_loras_never(train):
 
 def test_a_folder_that_holds_a_run_is_refused_and_left_alone(finished, configure):
     before = {name: (finished.root / name).read_bytes() for name in files(finished.root) - {"process.json"}}
-    with pytest.raises(RunError, match="already holds a run. Add --resume to go on with it, or choose another --run-dir"):
+    with pytest.raises(RunError, match=r"already holds a run\. Add --resume to go on with it, or choose another --run-dir"):
         run.train(configure(), finished.root)
     assert before == {name: (finished.root / name).read_bytes() for name in files(finished.root) - {"process.json"}}
 
@@ -321,7 +321,7 @@ WILD = {"part.unet.learning_rate": 10.0, "train.max_grad_norm": None, "train.vis
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(train, configure, tmp_path):
     """Every checkpoint that is kept holds numbers alone, though the loss is looked at every 10 steps only."""
-    with pytest.raises(RunError, match="not (a number|numbers) any more") as refused:
+    with pytest.raises(RunError, match=r"not (a number|numbers) any more") as refused:
         train({**WILD, "output.checkpoint_every": 1, "output.keep_checkpoints": 100}, root=tmp_path)
     text = str(refused.value)
     assert "lower learning rate" in text
@@ -349,7 +349,7 @@ def test_a_poisoned_image_ends_the_run(train, monkeypatch):
         return mean, std
 
     monkeypatch.setattr(trainer.families.sd1.SD1, "encode", poisoned)
-    with pytest.raises(RunError, match="not a number any more after step [12]"):
+    with pytest.raises(RunError, match=r"not a number any more after step [12]"):
         train()
 
 
@@ -367,7 +367,7 @@ def test_targets_that_no_trained_part_has_are_refused(train):
 
 def test_a_run_folder_that_cannot_be_made_is_refused(configure, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be made: .*Choose another with --run-dir"):
+    with pytest.raises(RunError, match=r"cannot be made: .*Choose another with --run-dir"):
         run.train(configure(), tmp_path / "file" / "run")
 
 

@@ -29,6 +29,22 @@ VERSIONS = {
 }
 SIDECAR_VERSIONS = {"sd1": "SD1"}
 RATE_KEYS = {"unet": "ss_unet_lr", "text_1": "ss_text_encoder_lr"}
+# What people ask of a file: label -> key
+SHOWN = {
+    "title": "modelspec.title",
+    "author": "modelspec.author",
+    "description": "modelspec.description",
+    "license": "modelspec.license",
+    "date": "modelspec.date",
+    "base": "ss_sd_model_name",
+    "resolution": "ss_resolution",
+    "images": "ss_num_train_images",
+    "steps": "ss_steps",
+    "seed": "ss_seed",
+    "optimizer": "ss_optimizer",
+    "unet learning rate": "ss_unet_lr",
+    "text learning rate": "ss_text_encoder_lr",
+}
 MOST_TAGS = 500  # of a folder; ComfyUI serves no metadata of files whose header is over 1 MiB
 MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
@@ -142,6 +158,11 @@ def build(family: str, facts: Facts, name: str) -> dict[str, str]:
         buckets = {str(i): {"resolution": list(size), "count": n} for i, (size, n) in enumerate(facts.buckets.items())}
         values["ss_bucket_info"] = _json({"buckets": buckets})
     return VERSIONS[family] | {k: str(v) for k, v in values.items() if v is not None and v != ""}
+
+
+def with_family(entries: Mapping[str, str], family: str) -> dict[str, str]:
+    """`entries`, with those that tell the family where they lack them."""
+    return dict(entries) if entries.get("ss_base_model_version") else VERSIONS[family] | dict(entries)
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:

@@ -37,9 +37,7 @@ def convert(src: Path, dst: Path, naming: str) -> list[str]:
     deltas, notes = export.complete(deltas, family, layers)
     dtype = Counter(dtype for dtype, shape in header.values() if shape).most_common(1)[0][0]
     state = export.tensors(deltas, family, naming, {"F16": "fp16", "BF16": "bf16"}.get(dtype, "fp32"), notes)
-    if not entries.get("ss_base_model_version"):
-        entries = metadata.VERSIONS[family] | entries
-    entries = {k: v for k, v in entries.items() if k != peft_names.CONFIGS}
+    entries = {k: v for k, v in metadata.with_family(entries, family).items() if k != peft_names.CONFIGS}
 
     def verify(part: Path) -> None:
         if wrong := self_check.content_problems(part, family, deltas, layers):

@@ -8,24 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.formats import FormatError, kohya, peft_names
-from trainer.formats.metadata import read_header, tensor_hash
+from trainer.formats.metadata import SHOWN, read_header, tensor_hash
 from trainer.formats.probe import identify
-
-SHOWN = {
-    "title": "modelspec.title",
-    "author": "modelspec.author",
-    "description": "modelspec.description",
-    "license": "modelspec.license",
-    "date": "modelspec.date",
-    "base": "ss_sd_model_name",
-    "resolution": "ss_resolution",
-    "images": "ss_num_train_images",
-    "steps": "ss_steps",
-    "seed": "ss_seed",
-    "optimizer": "ss_optimizer",
-    "unet learning rate": "ss_unet_lr",
-    "text learning rate": "ss_text_encoder_lr",
-}
 
 
 def inspect(path: Path) -> dict[str, Any]:
