@@ -83,6 +83,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(config, as_json=args.json)
     outcome, folder = run.train(config, args.run_dir or default_run_dir(config.output.name), resume=args.resume, show=terminal)
+    if not terminal.total:  # of several processes, the first one speaks
+        return 0
     if outcome == "stopped":
         print(f"Stopped. Go on with: python launch.py train --run-dir {json.dumps(str(folder.root))} --resume")
         return 130

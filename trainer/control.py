@@ -35,9 +35,14 @@ def send(run: RunDir, kind: str) -> str:
 
 
 def take(run: RunDir) -> list[Request]:
-    """Take every waiting request, oldest first; each is handed out once. An unknown kind is handed out as it is."""
+    """Take every waiting request, oldest first; each is handed out once. An unknown kind is handed out as it is, a file
+    that is no request as `unreadable`."""
     requests = []
     for path in sorted(run.control.glob("*.json"), key=lambda p: p.stat().st_mtime_ns):
-        requests.append(Request(path.stem, str(json.loads(path.read_text(encoding="utf-8")).get("kind"))))
+        try:
+            kind = str(json.loads(path.read_text(encoding="utf-8"))["kind"])
+        except (ValueError, KeyError, TypeError):
+            kind = "unreadable"
+        requests.append(Request(path.stem, kind))
         path.unlink()
     return requests

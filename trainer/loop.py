@@ -101,7 +101,7 @@ def fit(
             pause = time.perf_counter()
             for every, hook in (
                 (config.validation.every, hooks.validate),
-                (config.preview.every, hooks.preview),
+                (config.preview.every if config.preview.enabled else 0, hooks.preview),
                 (config.output.save_every, hooks.export),
                 (config.output.checkpoint_every, hooks.checkpoint),
             ):

@@ -55,11 +55,11 @@ def train(
     from trainer.processes import Processes
 
     run, started = RunDir(root), time.time()
-    run.create()
     hardware = choose(config.train.device, config.train.dtype, config.train.attention)
     processes = Processes(hardware.device)
     lock = Lock(run)
     if processes.main:
+        run.create()
         with _writable(run):
             lock.acquire()
     step = 0  # the last that an event named
@@ -76,6 +76,8 @@ def train(
                 step = fields.get("step", step)
                 show(writer(type, **fields))
 
+            if resume:
+                _answer_late(run, True, emit, step)
         processes.barrier()
         try:
             outcome, step = _train(config, run, hardware, processes, emit, resume, interrupted)
@@ -144,7 +146,14 @@ def _train(
     family = families.get(ready.family)
     models = family.load(ready.source, dtype, device, config.model.prediction, config.train.attention)
     parts = {name: getattr(config.part, name) for name in family.parts}
-    trained = {name: part for name, part in parts.items() if part.train}
+    targets = {name: family.targets(models, name, config.adapter.targets) for name, part in parts.items() if part.train}
+    trained = {name: parts[name] for name, paths in targets.items() if paths}
+    stops = {name: plan.stop_step(part.stop, total) for name, part in trained.items()}
+    if max(stops.values(), default=0) < total:
+        raise ValueError(
+            f"adapter.targets is {list(config.adapter.targets)}, which no part has that is trained to the end of the run. "
+            "Add attention, or set that part's stop to 1."
+        )
     text_trains = any(name != "unet" for name in trained)
 
     # 3. latents and text, once
@@ -154,20 +163,14 @@ def _train(
     models.park("vae", *(p for p in family.parts if p != "unet" and store.tokens is None))
 
     # 4. what is trained
-    stops = {name: plan.stop_step(part.stop, total) for name, part in trained.items()}
     layers = kohya.layers(models.parts)
-    targets = {name: family.targets(models, name, config.adapter.targets) for name in trained}
-    targets = {name: paths for name, paths in targets.items() if paths}
-    stops = {name: stops[name] for name in targets}
-    if not targets:
-        raise ValueError(f"adapter.targets is {list(config.adapter.targets)}, which none of the trained parts has. Add attention.")
-    adapter = adapters.build(config.adapter, models.parts, targets, config.train.seed)
+    adapter = adapters.build(config.adapter, models.parts, {name: targets[name] for name in trained}, config.train.seed)
     adapter.train(True)
     for text in adapter.notes:
         emit("warning", text=text)
     if config.train.checkpointing:
         models.parts["unet"].enable_gradient_checkpointing()
-    groups = [{"params": adapter.parameters(name), "lr": trained[name].learning_rate, "part": name} for name in targets]
+    groups = [{"params": adapter.parameters(name), "lr": trained[name].learning_rate, "part": name} for name in trained]
     optimizer = optimizers.build(config.optimizer, groups, device)
     reduce = processes.reduce if processes.size > 1 else None
     step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
@@ -182,7 +185,7 @@ def _train(
     prompts = plan.preview_prompts(config, ready.plan.images)
 
     def do_preview(n: int) -> None:
-        if config.preview.enabled and processes.main:
+        if processes.main:
             emit("preview", step=n, images=preview.make(config, family, models, adapter, prompts, biggest, run, n), prompts=list(prompts))
 
     def do_validate(n: int) -> None:
@@ -218,18 +221,20 @@ def _train(
     emit("stage", name="training")
     if start == 0:
         do_validate(0)
-        do_preview(0)
+        if config.preview.enabled:
+            do_preview(0)
     hooks = Hooks(do_validate, do_preview, do_checkpoint, do_export)
     outcome, n = fit(config, ready.plan, store, step, processes, run, emit, hooks, start, interrupted)
 
     # 7. keep it
     emit("stage", name="exporting")
-    if n > start or not last:
+    if not run.checkpoint(n).exists():
         do_checkpoint(n)
     do_export(n, final=outcome == "finished")
     if outcome == "finished":
         do_validate(n)
-        do_preview(n)
+        if config.preview.enabled:
+            do_preview(n)
     processes.barrier()
     return outcome, n
 
@@ -288,9 +293,9 @@ def _facts(config: TrainConfig, ready: Prepared, models: Any, trained: dict[str,
 
 
 def _answer_late(run: RunDir, main: bool, emit: Callable[..., Any], step: int) -> None:
-    """Answer the requests that came in after the last look at them: a second "stop" must not end the resumed run."""
+    """Answer the requests that an ended run did not get to: a second "stop", or one before a crash, must not end the resumed run."""
     for request in control.take(run) if main else ():
-        emit("answered", request=request.kind, id=request.id, step=step, detail="too late: the run was ending")
+        emit("answered", request=request.kind, id=request.id, step=step, detail="too late: the run was ending or had ended")
 
 
 def _check_folder(config: TrainConfig, run: RunDir, resume: bool) -> None:
@@ -309,8 +314,12 @@ def _check_folder(config: TrainConfig, run: RunDir, resume: bool) -> None:
                     f"The run in {run.root} was made with other settings in [{section}], so it cannot be resumed with these. "
                     "Resume with its own config.json (train --run-dir DIR --resume), or start anew in another folder."
                 )
-    elif run.events.exists():
+        for left in (*run.root.rglob(".*.tmp"), *run.root.rglob(".*.part")):  # of a process that was killed while it wrote
+            left.unlink()
+    elif any(e["type"] in ("step", "checkpoint", "exported") for e in events.read(run.events)):
         raise RunError(f"{run.root} already holds a run. Add --resume to go on with it, or choose another --run-dir.")
+    else:
+        run.events.unlink(missing_ok=True)  # of a run that failed before its first step: mended settings may start in its folder
     write_json(run.config, config.model_dump(mode="json"))
     names = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow")
     write_json(run.versions, {name: packages.version(name) for name in names})

@@ -126,7 +126,10 @@ class Lock:
     def acquire(self) -> None:
         """Take the lock and write process.json. Raises RunError when another process holds it."""
         self.file = self.run.lock.open("a+b")
-        if not _try_lock(self.file):
+        deadline = time.monotonic() + 1  # someone who looks whether the run is alive holds it for a moment
+        while not (taken := _try_lock(self.file)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if not taken:
             self.file.close()
             self.file = None
             raise RunError(f"Another process is training in {self.run.root}. Wait until it ends, stop it, or choose another --run-dir.")

@@ -76,3 +76,25 @@ def test_relative_paths_mean_the_same_when_resumed_elsewhere(train, pictures, tm
     monkeypatch.chdir(pictures.parent)
     config = load(assignments=[f'data=[{{folder="{pictures.name}"}}]'])
     assert config.data[0].folder == pictures
+
+
+def test_a_run_that_failed_before_its_first_step_can_start_again_in_its_folder(train, configure, tmp_path):
+    from trainer import run
+
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        run.train(configure({"model.source": "nowhere.safetensors"}), tmp_path)
+    again = train(root=tmp_path)
+    assert again.outcome == "finished" and not again.events("failed")
+    with pytest.raises(ValueError, match="already holds a run"):
+        run.train(configure(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("[1, 2]", "holds list instead of an object"), ('{"preset": 3}', "preset is 3; it must be a name")]
+)
+def test_a_json_file_of_another_shape_is_refused(text, said, tmp_path):
+    from trainer.config.load import load
+
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path / "c.json")

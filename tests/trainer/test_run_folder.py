@@ -361,7 +361,7 @@ def test_a_base_that_is_not_there_is_said_in_the_run(train, tmp_path):
 
 
 def test_targets_that_no_trained_part_has_are_refused(train):
-    with pytest.raises(RunError, match=r"adapter\.targets is \['projections'\], which none of the trained parts has"):
+    with pytest.raises(RunError, match=r"adapter\.targets is \['projections'\], which no part has that is trained to the end of the run"):
         train({"adapter.targets": ["projections"], "part.unet.train": False})
 
 

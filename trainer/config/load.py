@@ -104,8 +104,14 @@ def load(
     Raises ConfigError with every error found.
     """
     raw = read_file(path) if path else {}
-    preset = preset or raw.get("preset")
-    raw.pop("preset", None)
+    if not isinstance(raw, dict):
+        raise ConfigError(
+            {"": f'{path} holds {type(raw).__name__} instead of an object with sections. Write it as {{"data": [...], ...}}.'}
+        )
+    named = raw.pop("preset", None)
+    if not isinstance(named, str | None):
+        raise ConfigError({"preset": f"preset is {named!r}; it must be a name in quotes. There are: {', '.join(presets())}."})
+    preset = preset or named
     merged = merge(read_preset(preset) if preset else {}, _absolute(raw, path.resolve().parent) if path else raw)
     merged = merge(merged, values or {})
     merged = merge(merged, parse_set(assignments))

@@ -56,7 +56,9 @@ class SD1:
         """
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # it lasts for milliseconds and would break into the run's own bar
         if source.is_dir():
             unet = UNet2DConditionModel.from_pretrained(source / "unet", torch_dtype=dtype)
             text = CLIPTextModel.from_pretrained(source / "text_encoder", dtype=dtype)

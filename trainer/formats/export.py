@@ -168,7 +168,7 @@ def write(path: Path, blob: bytes, verify=lambda part: None) -> None:
             free = shutil.disk_usage(path.parent).free
             raise ExportError(
                 f"{path} was not saved: the disk is full. It needs {len(blob) / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. "
-                f"Make room in {path.parent}, then export again."
+                f"Make room in {path.parent}, then run again with --resume."
             ) from error
         raise ExportError(
             f"{path} was not saved: {error.strerror or error}. Choose a folder that can be written to, and close other users of it."
