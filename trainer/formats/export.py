@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from trainer import run_dir
 from trainer.adapters import Delta
 from trainer.formats import FormatError, kohya, metadata, peft_names, self_check
 
@@ -162,7 +163,7 @@ def write(path: Path, blob: bytes, verify=lambda part: None) -> None:
             file.flush()
             os.fsync(file.fileno())
         verify(part)
-        part.replace(path)
+        run_dir.replace(part, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free
