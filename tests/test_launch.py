@@ -7,11 +7,13 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import types
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -452,7 +454,8 @@ def test_ctrl_c_leaves_the_decision_to_the_child(tmp_path):
     """The child gets the same Ctrl-C and may save before it ends: here it takes 0.5 s and ends with 9."""
     child = "import time\ntry:\n print('up', flush=True); time.sleep(30)\nexcept KeyboardInterrupt:\n time.sleep(0.5); raise SystemExit(9)"
     code = f"import sys, launch; from pathlib import Path; sys.exit(launch.run(Path(sys.prefix), '-c', {child!r}))"
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests that run in the background inherit it as ignored
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True, preexec_fn=heard)
     assert parent.stdout.readline() == b"up\n"
     os.killpg(parent.pid, 2)
     assert parent.wait(timeout=20) == 9

@@ -379,6 +379,9 @@ def save_base(folder: Path, vae, text, tokenizer_dir: Path, unet, scheduler) -> 
     pipe.save_pretrained(folder, safe_serialization=True)
     for name in ("vocab.json", "merges.txt"):
         (folder / "tokenizer" / name).write_bytes((tokenizer_dir / name).read_bytes())
+    # Loaded without a dtype, transformers takes the configuration's and diffusers float32: both must say float32 to go together.
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
     path = folder / "text_encoder" / "model.safetensors"
     state = load_file(path)
     if not any(k.startswith("text_model.") for k in state):
