@@ -89,6 +89,10 @@ def make(config: TrainConfig, native_resolution: int) -> Plan:
             f"{len(small)} of {len(images)} images are enlarged by more than {config.dataset.max_upscale:g} times (most: {worst[0].path.name}, "
             f"{worst[0].width}x{worst[0].height}, {worst[1].scale:.1f} times) and will look soft; use larger images or a smaller dataset.resolution."
         )
+    twice = [name for name, n in Counter(i.digest for i in images).items() if n > 1]
+    if twice:
+        same = ", ".join(i.path.name for i in images if i.digest == twice[0])
+        warnings.append(f"{len(twice)} images are there more than once (the same file: {same}) and count for more; remove the copies.")
     held = {i.digest for i in groups["validation"]}
     both = [i.path.name for i in images if i.digest in held]
     if both:

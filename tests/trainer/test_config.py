@@ -209,3 +209,15 @@ def test_a_configuration_is_frozen_and_survives_json():
     with pytest.raises(ValueError, match="frozen"):
         config.adapter.rank = 4
     assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_one_setting_of_a_section_leaves_its_other_defaults():
+    """A default that stands on the field holds whatever else of the section is set; one on the section's object would be lost."""
+    plain = load(values=DATA)
+    for section in ("model", "dataset", "adapter", "schedule", "loss", "train", "preview", "validation", "output"):
+        for name, value in getattr(plain, section).model_dump(mode="json").items():
+            if value is not None:
+                assert load(values=DATA | {section: {name: value}}) == plain, f"{section}.{name}"
+    for part in ("unet", "text_1"):
+        for name, value in getattr(plain.part, part).model_dump().items():
+            assert load(values=DATA | {"part": {part: {name: value}}}) == plain, f"part.{part}.{name}"

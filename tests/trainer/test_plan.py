@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from trainer import plan
+from trainer.config.load import load
 from trainer.data.scan import DataError
 
 SIZES = [(64, 64), (96, 48), (48, 96), (120, 40), (80, 64), (33, 90), (500, 71)]
@@ -244,3 +245,12 @@ def test_default_prompts_without_a_trigger(configure, draw_pictures, tmp_path):
 
 def test_prompts_of_the_user_are_taken_as_they_are(configure, draw_pictures, tmp_path):
     assert prompts(configure, draw_pictures, tmp_path, ["a rock"], trigger="zorp", prompts=["x", "y"]) == ("x", "y")
+
+
+def test_copies_of_an_image_are_named(draw_pictures, tmp_path):
+    folder = draw_pictures(tmp_path / "data", [(64, 64)] * 3)
+    (folder / "copy.png").write_bytes((folder / "01.png").read_bytes())
+    made = plan.make(load(values={"data": [{"folder": str(folder)}]}), 64)
+    assert [w for w in made.warnings if "01.png, copy.png" in w]
+    (folder / "copy.png").unlink()
+    assert not [w for w in plan.make(load(values={"data": [{"folder": str(folder)}]}), 64).warnings if "more than once" in w]

@@ -99,9 +99,15 @@ class PartConfig(Strict):
     stop: float = Field(1.0, gt=0, le=1, description="share of the run after which this part is left as it is")
 
 
+class TextPartConfig(PartConfig):
+    """A text encoder: half the UNet's rate by default."""
+
+    learning_rate: float = Field(5e-5, gt=0, le=10, description="peak learning rate (1.0 is usual for Prodigy)")
+
+
 class PartsConfig(Strict):
     unet: PartConfig = PartConfig()
-    text_1: PartConfig = PartConfig(learning_rate=5e-5)
+    text_1: TextPartConfig = TextPartConfig()
 
 
 class AdamWConfig(Strict):
