@@ -80,6 +80,10 @@ def _train(args: argparse.Namespace) -> int:
         raise ValueError("Nothing to train: give a configuration file, or --preset and --set, or the --run-dir of a run to resume.")
     config = load(path, preset=args.preset, assignments=args.set)
     terminal = Terminal()
+    if config.model.source == "demo" and not args.json:
+        print(
+            "Note: model.source is not set, or demo: the base is the built-in toy. For real pictures, set it to the model you make them with."
+        )
     if args.dry_run:
         return _dry_run(config, as_json=args.json)
     outcome, folder = run.train(config, args.run_dir or default_run_dir(config.output.name), resume=args.resume, show=terminal)
