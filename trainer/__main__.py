@@ -16,6 +16,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
+TOY = "model.source is not set, so the base is the built-in toy. For real pictures, set it to the model you make them with."
+
+
 class Terminal:
     """A run's events as lines and a progress bar."""
 
@@ -80,12 +83,10 @@ def _train(args: argparse.Namespace) -> int:
         raise ValueError("Nothing to train: give a configuration file, or --preset and --set, or the --run-dir of a run to resume.")
     config = load(path, preset=args.preset, assignments=args.set)
     terminal = Terminal()
-    if config.model.source == "demo" and not args.json:
-        print(
-            "Note: model.source is not set, or demo: the base is the built-in toy. For real pictures, set it to the model you make them with."
-        )
     if args.dry_run:
         return _dry_run(config, as_json=args.json)
+    if "source" not in config.model.model_fields_set:
+        print(f"Note: {TOY}")
     outcome, folder = run.train(config, args.run_dir or default_run_dir(config.output.name), resume=args.resume, show=terminal)
     if not terminal.total:  # of several processes, the first one speaks
         return 0
@@ -131,6 +132,8 @@ def _dry_run(config: Any, as_json: bool) -> int:
         return 0
     if hardware.warning:
         print(f"Note: {hardware.warning}")
+    if "source" not in config.model.model_fields_set:
+        print(f"Note: {TOY}")
     print(f"Base      {found['base']} ({found['family']})")
     print(f"Images    {found['images']} to train, {found['held_out']} held out")
     for w, h, n in found["buckets"]:
