@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -32,13 +32,12 @@ def encode_images(
     placements: Sequence[Placement],
     background: str,
     flip: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]]:
     """(mean, std) of the latents, each (C, h, w) on the device, for every (image index, mirrored)."""
     groups: dict[tuple[int, int], list[tuple[int, bool]]] = {}
     for k, p in enumerate(placements):
         groups.setdefault((p.width, p.height), []).extend([(k, f) for f in ((False, True) if flip else (False,))])
-    out, done, total = {}, 0, sum(len(g) for g in groups.values())
+    out = {}
     with models.borrow("vae"):
         for (w, h), members in groups.items():
             size = max(1, ENCODE_PIXELS // (w * h))
@@ -48,9 +47,6 @@ def encode_images(
                 x = torch.stack([row.flip(-1) if f else row for row, f in rows])
                 mean, std = family.encode(models, x.to(models.device))
                 out |= {m: (mean[j], std[j]) for j, m in enumerate(chunk)}
-                done += len(chunk)
-                if progress:
-                    progress(done, total)
     return out
 
 
@@ -72,9 +68,8 @@ class Store:
         family: Family,
         models: Models,
         text_trains: bool,
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        found = encode_images(family, models, plan.images, plan.placements, config.dataset.background, config.dataset.flip, progress)
+        found = encode_images(family, models, plan.images, plan.placements, config.dataset.background, config.dataset.flip)
         place_of: dict[tuple[int, bool], int] = {}
         stacks: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for (k, flip), moments in found.items():
