@@ -1,0 +1,11 @@
+"""The REST routes that the page, scripts and tests share; assets/help/api.md documents them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from app.api import draft, images, models, results, runs, settings
+
+router = APIRouter(prefix="/api")
+for module in (draft, images, models, runs, results, settings):
+    router.include_router(module.router)
