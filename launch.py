@@ -1,6 +1,6 @@
 """Find or make the environment, install what is missing, start. Standard library only, parses on Python 3.8.
 
-    python launch.py [gui|demo|train|test|doctor|update] [arguments] [--index-url URL]
+    python launch.py [gui|demo|train|caption|test|doctor|update] [arguments] [--index-url URL]
 
 A first start installs into `.venv` beside this file, or into the virtual or conda environment that is active.
 A stamp in that environment says what was installed; while it matches, a start calls neither pip nor nvidia-smi.
@@ -35,6 +35,7 @@ COMMANDS = {
     "gui": "open the browser front end (the default)",
     "demo": "train a small LoRA on the shipped demo images",
     "train": "train by a config file: train CONFIG",
+    "caption": "write a caption beside each image of a folder: caption FOLDER",
     "test": "lint and run the tests; --full adds the slow ones; other arguments go to pytest",
     "doctor": "say what is installed, on which device, and what would be slow",
     "update": "get the newest version, look at the hardware again, reinstall within assets/constraints.txt",
@@ -510,7 +511,72 @@ def run(env: Path, *arguments: str, cwd: Path | None = None) -> int:
     return code if code >= 0 else 128 - code  # a signal, as shells count it
 
 
+# Chromium and its kin, all of which Playwright drives: names on PATH, then the usual places. {X} is the environment variable X.
+BROWSERS = (
+    "google-chrome",
+    "google-chrome-stable",
+    "chromium",
+    "chromium-browser",
+    "chrome",
+    "microsoft-edge",
+    "microsoft-edge-stable",
+    "msedge",
+)
+BROWSER_PLACES = {
+    "Windows": [
+        "{" + root + "}/" + place
+        for root in ("PROGRAMFILES", "PROGRAMFILES(X86)", "LOCALAPPDATA")
+        for place in ("Google/Chrome/Application/chrome.exe", "Chromium/Application/chrome.exe", "Microsoft/Edge/Application/msedge.exe")
+    ],
+    "Darwin": [
+        root + "/Applications/" + name + ".app/Contents/MacOS/" + name
+        for root in ("", "{HOME}")
+        for name in ("Google Chrome", "Chromium", "Microsoft Edge")
+    ],
+}
+PLAYWRIGHT_PATH = "from playwright.sync_api import sync_playwright\nwith sync_playwright() as p: print(p.chromium.executable_path)"
+
+
+def find_browser(env: Path) -> str | None:
+    """A Chrome, Edge or Chromium: LORA_ATELIER_BROWSER, on PATH, in the usual places, or the one that Playwright has installed."""
+    named = os.environ.get("LORA_ATELIER_BROWSER")
+    if named:
+        if not shutil.which(named):
+            raise Stop(f"LORA_ATELIER_BROWSER is {named!r}, which is no program: name a Chrome, Edge or Chromium, or unset it.")
+        return shutil.which(named)
+    places = [re.sub(r"{(.*?)}", lambda m: os.environ.get(m.group(1), "/nowhere"), p) for p in BROWSER_PLACES.get(platform.system(), ())]
+    playwrights = last_line(ask(python_of(env), "-c", PLAYWRIGHT_PATH, timeout=60).stdout)
+    found = [shutil.which(name) for name in BROWSERS] + [place for place in (*places, playwrights) if Path(place).is_file()]
+    return next((path for path in found if path), None)
+
+
+def browser(env: Path) -> str:
+    """A browser for the tests, installed where there is none. Raises Stop where that does not work."""
+    path = find_browser(env)
+    if path:
+        return path
+    say("The tests need a Chrome, Edge or Chromium, and none was found: installing Chromium.")
+    said = ""
+    apt = shutil.which("apt-get")
+    if apt and hasattr(os, "geteuid") and os.geteuid() == 0:
+        for words in (("update",), ("install", "-y", "chromium")):
+            answer = ask(apt, *words, timeout=900)
+            said = last_line(answer.stderr + answer.stdout)
+    path = find_browser(env)
+    if not path:
+        answer = ask(python_of(env), "-m", "playwright", "install", "chromium", timeout=1800)
+        said = last_line(answer.stderr + answer.stdout) if answer.returncode else said
+        path = find_browser(env)
+    if not path:
+        raise Stop(
+            f"No browser could be installed for the tests: {said.rstrip('.')}. Install Chrome, Edge or Chromium yourself, "
+            "or set LORA_ATELIER_BROWSER to one, then start again."
+        )
+    return path
+
+
 def test(env: Path, arguments: list) -> int:
+    CHILD_ENV["LORA_ATELIER_BROWSER"] = browser(env)
     full = "--full" in arguments
     arguments = [word for word in arguments if word != "--full"]
     checks = (
@@ -601,9 +667,6 @@ def main(argv: list) -> int:
 
     if command == "doctor":
         return doctor()
-    if command == "gui" and not (HERE / "app/__main__.py").exists():
-        say("The GUI is not part of this version yet; `python launch.py demo` trains a demo, `python launch.py train CONFIG` your own.")
-        return 2
     if command == "update":
         pull()
     env = environment()
@@ -613,7 +676,7 @@ def main(argv: list) -> int:
         return 0
     if command == "test":
         return test(env, arguments)
-    module = {"gui": ["app"], "demo": ["trainer.demo.run"], "train": ["trainer", "train"]}[command]
+    module = {"gui": ["app"], "demo": ["trainer.demo.run"], "train": ["trainer", "train"], "caption": ["trainer", "caption"]}[command]
     return run(env, "-m", *module, *arguments)
 
 

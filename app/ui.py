@@ -1,7 +1,8 @@
 """The Blocks: one page for each address, the theme, and what every page loads.
 
-Gradio brings the shell (pages, theme, dark mode, components of the settings page). What is live or kept on the server is a part
-(app/parts): one gr.HTML that talks to the REST routes, so that a restarted server or a second tab loses nothing.
+Gradio brings the shell: pages, theme, dark mode. What stands on a page is a part (app/parts): one gr.HTML whose script talks to the
+REST routes. Gradio's own inputs were tried on paper and left out: an event in flight when the server goes away reloads the page and
+loses what was typed, and they have no place for an error beside a field.
 """
 
 from __future__ import annotations

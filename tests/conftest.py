@@ -110,7 +110,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def train(configure, one_thread, tmp_path_factory) -> Callable[..., Trained]:
-    """train(changes, root=None, resume=False, stop_at=None): one run in this process.
+    """train(changes, root=None, resume=False, stop_at=None, visits=None): one run in this process.
 
     `stop_at`: the step after which a stop request comes in, sent when that step's checkpoint is written (0: before the run).
     `show` sees every event as it is written.
@@ -118,7 +118,7 @@ def train(configure, one_thread, tmp_path_factory) -> Callable[..., Trained]:
     from trainer import control, run
     from trainer.run_dir import RunDir
 
-    def go(changes=None, root=None, resume=False, stop_at=None, show=lambda event: None) -> Trained:
+    def go(changes=None, root=None, resume=False, stop_at=None, visits=None, show=lambda event: None) -> Trained:
         folder = RunDir(root or tmp_path_factory.mktemp("run"))
         if stop_at is not None:
             changes = {"output.checkpoint_every": stop_at, **(changes or {})}
@@ -129,7 +129,7 @@ def train(configure, one_thread, tmp_path_factory) -> Callable[..., Trained]:
                 sent.append(control.send(folder, "stop"))
             show(event)
 
-        outcome, _ = run.train(configure(changes), folder.root, resume=resume, show=watch)
+        outcome, _ = run.train(configure(changes), folder.root, resume=resume, visits=visits, show=watch)
         return Trained(outcome, folder.root)
 
     return go

@@ -406,11 +406,9 @@ def test_doctor_on_a_broken_environment(tmp_path):
     assert answer.returncode == 1 and "is broken: its Python is missing" in answer.stderr
 
 
-def test_an_unknown_command_and_a_gui_that_is_not_there(tmp_path):
+def test_an_unknown_command_is_refused(tmp_path):
     unknown = started(tmp_path, "trian")
     assert unknown.returncode == 2 and "invalid choice: 'trian'" in unknown.stderr and "Traceback" not in unknown.stderr
-    gui = started(tmp_path)
-    assert gui.returncode == 2 and "The GUI is not part of this version yet" in gui.stdout
     extra = started(tmp_path, "doctor", "--all")
     assert extra.returncode == 2 and "doctor takes no arguments" in extra.stderr
 
@@ -427,12 +425,11 @@ def test_the_file_parses_on_an_old_python():
         (["--index-url", "https://mirror.example", "train", "x"], ["-m", "trainer", "train", "x"]),
         ([], ["-m", "app"]),
         (["gui", "--port", "80"], ["-m", "app", "--port", "80"]),
+        (["gui", "--listen", "--no-browser"], ["-m", "app", "--listen", "--no-browser"]),
     ],
 )
 def test_commands_pass_their_arguments_and_exit_code_on(folder, monkeypatch, command, expected):
     wishes = []
-    (folder / "app").mkdir()
-    (folder / "app/__main__.py").touch()
     monkeypatch.setattr(launch, "environment", lambda: folder / ".venv")
     monkeypatch.setattr(launch, "install", lambda env, url, extras, again: wishes.append(url))
     monkeypatch.setattr(launch, "run", lambda env, *arguments: 7 if list(arguments) == expected else 99)
@@ -470,12 +467,80 @@ def test_the_test_command_fails_if_anything_does(folder, monkeypatch):
         return codes.get(tool, 0)
 
     monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "browser", lambda env: "/usr/bin/some-browser")
+    monkeypatch.setattr(launch, "CHILD_ENV", {})
     assert launch.test(folder, ["--full", "-x"]) == 0
+    assert launch.CHILD_ENV == {"LORA_ATELIER_BROWSER": "/usr/bin/some-browser"}
     assert ran == [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pytest", "-m", "not gpu", "-x"]]
     codes["pytest"] = 5  # no test found
     with pytest.raises(launch.Stop, match="Failed: pytest"):
         launch.test(folder, [])
     assert ran[-1] == ["pytest", "-m", "not gpu and not slow"]
+
+
+@pytest.fixture
+def no_browser(tmp_path, monkeypatch):
+    """A machine without a browser: nothing on PATH but what is put into `bin`, no usual place, no Playwright. Returns `bin`."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.delenv("LORA_ATELIER_BROWSER", raising=False)
+    for name in ("PROGRAMFILES", "PROGRAMFILES(X86)", "LOCALAPPDATA", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setattr(launch.platform, "system", lambda: "Windows")
+    monkeypatch.setattr(launch, "python_of", lambda env: "no-python")
+    return programs
+
+
+def program(path, script="true"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@posix
+def test_a_browser_is_found_on_path_in_its_usual_place_or_as_named(no_browser, tmp_path, monkeypatch):
+    assert launch.find_browser(tmp_path) is None
+    usual = program(tmp_path / "PROGRAMFILES(X86)/Microsoft/Edge/Application/msedge.exe")
+    assert launch.find_browser(tmp_path) == usual
+    on_path = program(no_browser / "chromium")
+    assert launch.find_browser(tmp_path) == on_path
+    monkeypatch.setattr(launch.platform, "system", lambda: "Darwin")
+    Path(on_path).unlink()
+    mac = program(tmp_path / "HOME/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+    if not any(Path(f"/Applications/{name}.app").exists() for name in ("Google Chrome", "Chromium", "Microsoft Edge")):
+        assert launch.find_browser(tmp_path) == mac
+    monkeypatch.setenv("LORA_ATELIER_BROWSER", usual)
+    assert launch.find_browser(tmp_path) == usual
+    monkeypatch.setenv("LORA_ATELIER_BROWSER", "/nowhere/chrome")
+    with pytest.raises(launch.Stop, match=r"LORA_ATELIER_BROWSER is '/nowhere/chrome', which is no program"):
+        launch.find_browser(tmp_path)
+
+
+@posix
+def test_playwrights_own_browser_is_found_and_installed_where_there_is_none(no_browser, tmp_path, monkeypatch, capsys):
+    chrome = tmp_path / "cache/chrome"
+    install = f"mkdir -p {chrome.parent}; : > {chrome}; echo done"
+    python = program(tmp_path / "python", f'PATH=/usr/bin:/bin; if [ "$2" = playwright ]; then {install}; else echo {chrome}; fi')
+    monkeypatch.setattr(launch, "python_of", lambda env: python)
+    assert launch.browser(tmp_path) == str(chrome)
+    assert "installing Chromium" in capsys.readouterr().out
+    assert launch.browser(tmp_path) == str(chrome)
+    assert capsys.readouterr().out == "", "a browser that is there is not installed again"
+
+
+@posix
+def test_apt_installs_a_browser_for_root_and_a_failure_ends_in_a_sentence(no_browser, tmp_path, monkeypatch):
+    apt = f'echo "$1" >> {tmp_path}/asked; if [ "$1" = install ]; then : > {no_browser}/chromium; /bin/chmod +x {no_browser}/chromium; fi'
+    program(no_browser / "apt-get", apt)
+    monkeypatch.setattr(launch.os, "geteuid", lambda: 1000)
+    with pytest.raises(launch.Stop, match=r"No browser could be installed for the tests: .+ Install Chrome, Edge or Chromium yourself"):
+        launch.browser(tmp_path)
+    assert not (tmp_path / "asked").exists()
+    monkeypatch.setattr(launch.os, "geteuid", lambda: 0)
+    assert launch.browser(tmp_path) == f"{no_browser}/chromium"
+    assert (tmp_path / "asked").read_text() == "update\ninstall\n"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""python -m trainer train | generate | inspect | convert | probe"""
+"""python -m trainer train | caption | compare | generate | serve | inspect | convert | probe"""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ class Terminal:
             elif event["step"] in (1, self.total) or time.time() - self.said > 5:  # into a file or pipe: a line now and then
                 self.said = time.time()
                 self.say(f"Step {event['step']} of {self.total}: {text}")
+        elif kind == "changed" and "visits" in event:
+            self.total = event["total"]
+            self.say(f"After step {event['step']} the run's length is {event['visits']} visits, {event['total']} steps.")
+            if self.bar is not None:
+                self.bar.total = self.total
+        elif kind == "changed":
+            self.say(f"After step {event['step']} the sample images show: {'; '.join(event['prompts'])}")
         elif kind == "resumed" and event["step"]:
             self.say(f"Resuming after step {event['step']}.")
         elif kind == "warning":
@@ -72,7 +79,7 @@ class Terminal:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from trainer import run
+    from trainer import control, run
     from trainer.config.load import load
     from trainer.run_dir import RunDir, default_run_dir
 
@@ -82,12 +89,19 @@ def _train(args: argparse.Namespace) -> int:
     if path is None and not args.preset and not args.set:
         raise ValueError("Nothing to train: give a configuration file, or --preset and --set, or the --run-dir of a run to resume.")
     config = load(path, preset=args.preset, assignments=args.set)
+    if args.visits is not None and not args.resume:
+        raise ValueError(
+            "--visits gives a run that is resumed a new length: add --resume and --run-dir, or set train.visits for a new run."
+        )
+    if args.visits is not None and not 1 <= args.visits <= control.MOST_VISITS:
+        raise ValueError(f"--visits is {args.visits}; it must be from 1 to {control.MOST_VISITS}.")
     terminal = Terminal()
     if args.dry_run:
         return _dry_run(config, as_json=args.json)
     if "source" not in config.model.model_fields_set:
         print(f"Note: {TOY}")
-    outcome, folder = run.train(config, args.run_dir or default_run_dir(config.output.name), resume=args.resume, show=terminal)
+    root = args.run_dir or default_run_dir(config.output.name)
+    outcome, folder = run.train(config, root, resume=args.resume, visits=args.visits, show=terminal)
     if not terminal.total:  # of several processes, the first one speaks
         return 0
     if outcome == "stopped":
@@ -155,6 +169,20 @@ def _dry_run(config: Any, as_json: bool) -> int:
     return 0
 
 
+def _measure(args: argparse.Namespace) -> int:
+    from trainer.config.load import load
+    from trainer.measure import measure
+
+    def show(event: dict[str, Any]) -> None:
+        if event["type"] == "measured":
+            print(
+                f"{event['seconds_per_step']:.3g} s a step, {event['images_per_s']:.3g} images/s, {event['memory_gib']:.2f} GiB on "
+                f"{event['device']}; {event['start_seconds']:.0f} s until the first step."
+            )
+
+    return 0 if measure(load(args.config), args.run_dir, show) == "finished" else 130
+
+
 def _probe(args: argparse.Namespace) -> int:
     from trainer.hardware import probe
 
@@ -191,6 +219,60 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tell(event: dict[str, Any]) -> None:
+    """A job's event as a line."""
+    kind = event["type"]
+    if kind == "started":
+        print(f"{event['total']} to do, on {event['device']} in {event['dtype']}.", flush=True)
+    elif kind in ("captioned", "picture", "scored") and "done" in event:
+        print(f"{event['done']} of {event['total']}: {event['file']}{': ' + event['text'] if 'text' in event else ''}", flush=True)
+    elif kind == "picture":
+        print(f"{event['id']}: {event['with'] or event['without']}", flush=True)
+    elif "text" in event and kind != "failed":
+        print(f"Note: {event['text']}", flush=True)
+
+
+def _end(outcome: str) -> int:
+    """The exit code of a job. One that was stopped leaves at once: a download may still be under way in a thread."""
+    from trainer.job import leave
+
+    if outcome == "stopped":
+        leave(130)
+    return 0
+
+
+def _caption(args: argparse.Namespace) -> int:
+    from trainer.captioners import job
+
+    settings = {"source": args.source, "max_tokens": args.max_tokens, "batch": args.batch}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    folder = args.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-caption"
+    more = {"only_missing": args.only_missing, "device": args.device}
+    outcome = job.caption(args.folder, folder, captioner=args.captioner, settings=settings, show=_tell, **more)
+    print(f"Captions that were there before: {folder / 'backup'}" if (folder / "backup").exists() else "No caption was written over.")
+    return _end(outcome)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from trainer.compare import compare
+
+    outcome = compare(args.run_dir, device=args.device, show=_tell)
+    results = args.run_dir / "results" / "results.json"
+    if outcome == "finished":
+        found = json.loads(results.read_text(encoding="utf-8"))
+        print(f"Recommended: {found['recommended']['file']}. {found['recommended']['why']}")
+        for hint in found["hints"]:
+            print(hint)
+        print(results)
+    return _end(outcome)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from trainer.serve import serve
+
+    return _end(serve(args.run_dir, idle=args.idle, device=args.device, show=_tell))
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m trainer", description="Train, try, inspect and convert LoRAs.")
     commands = top.add_subparsers(dest="command", required=True)
@@ -201,9 +283,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting; may be repeated")
     p.add_argument("--run-dir", type=Path, help="folder of the run (default: runs/DATE-NAME)")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --run-dir")
+    p.add_argument("--visits", type=int, help="with --resume: the run's new total length; one that had finished is trained further")
     p.add_argument("--dry-run", action="store_true", help="show what would be done, train nothing")
     p.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
     p.set_defaults(call=_train)
+
+    p = commands.add_parser("measure", help="make about ten steps of a run, to know its seconds and memory")
+    p.add_argument("config", type=Path, help="as for train")
+    p.add_argument("--run-dir", type=Path, required=True, help="folder for what is found")
+    p.set_defaults(call=_measure)
 
     p = commands.add_parser("generate", help="make pictures with a base and a LoRA")
     p.add_argument("prompt", nargs="+")
@@ -219,6 +307,28 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto")
     p.add_argument("--out", type=Path, default=Path("pictures"), help="folder for the pictures")
     p.set_defaults(call=_generate)
+
+    p = commands.add_parser("caption", help="write a caption beside each image of a folder")
+    p.add_argument("folder", type=Path)
+    p.add_argument("--captioner", choices=("blip",), default="blip")
+    p.add_argument("--source", help="hub id or folder of the captioner's model (default: its own)")
+    p.add_argument("--only-missing", action="store_true", help="leave the images alone that have a caption")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption, in tokens")
+    p.add_argument("--batch", type=int, metavar="N", help="images at once")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--run-dir", type=Path, help="folder of the job, for its events and backups (default: runs/DATE-caption)")
+    p.set_defaults(call=_caption)
+
+    p = commands.add_parser("compare", help="measure and draw what a run's LoRAs do, and recommend one")
+    p.add_argument("run_dir", type=Path, help="folder of the run")
+    p.add_argument("--device", default="auto")
+    p.set_defaults(call=_compare)
+
+    p = commands.add_parser("serve", help="keep a base loaded and make pictures on request (the app's playground)")
+    p.add_argument("--run-dir", type=Path, required=True, help="folder of the job")
+    p.add_argument("--idle", type=float, default=300, metavar="SECONDS", help="end after this long without a request")
+    p.add_argument("--device", default="auto")
+    p.set_defaults(call=_serve)
 
     p = commands.add_parser("inspect", help="say what a model or LoRA file is")
     p.add_argument("file", type=Path)

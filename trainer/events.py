@@ -4,16 +4,20 @@ Every event has `v` (this format's version, 1), `seq` (counts up by 1, also acro
 `type`. A reader may meet a torn last line and leaves it alone; points past the step of a `resumed` event are void.
 
     type         further fields
-    started      name, total (steps), images, buckets [[w, h, images]], device, dtype, reasons
+    started      name, total (steps), images, buckets [[w, h, images]], device, dtype, reasons, family, resolution (pixels), visits,
+                 batch_size, schedule (the learning rates in words)
     stage        name: loading | encoding | training | exporting
     warning      text
-    step         step, loss (mean since the last such event), rate {part: learning rate}, images_per_s, eta_s, epoch (visits so far)
+    step         step, loss (mean since the last such event), rate {part: learning rate}, images_per_s, eta_s, epoch (visits so far),
+                 memory_gib (CUDA: most of the GPU's memory since the last such event; else the process's now)
     validation   step, train (loss), held_out (loss or null)
     preview      step, images [file names], prompts
     checkpoint   step, file
     exported     step, file, bytes, modules {part: count}, final
     resumed      step
-    answered     request, id, step, detail
+    changed      step, and visits, total (steps) or prompts: what holds from that step on (trainer/control.py)
+    answered     request, id, step, detail ("done", or why not)
+    measured     seconds_per_step, images_per_s, memory_gib, device, start_seconds (trainer/measure.py alone)
     finished | stopped | failed   step, seconds; failed: text
 """
 

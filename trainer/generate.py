@@ -3,7 +3,99 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Studio:
+    """A loaded base that makes pictures, with at most one LoRA on it, which diffusers' own loader puts there and takes off.
+
+    Attributes: `path` of the base, `family`, `models` (with the LoRA while one is on), `hardware`, `native` (side in pixels).
+    """
+
+    def __init__(self, base: str, *, device: str, say: Callable[[str], None], dtype: str = "auto", prediction: str = "auto") -> None:
+        """Load `base` (as model.source); `say` gets a sentence before a download. Raises ValueError for one that cannot be used."""
+        import torch
+        from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+        from trainer import families
+        from trainer.families import sources
+        from trainer.hardware import choose
+
+        self.hardware = choose(device, dtype)
+        self.path = sources.resolve(base, say)
+        self.family = families.get(sources.family_of(self.path, "auto"))
+        number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.hardware.dtype]
+        self.models = self.family.load(self.path, number, torch.device(self.hardware.device), prediction, "sdpa")
+        self.native = self.family.native_resolution(self.path)
+        self.worn: tuple[Any, ...] | None = None
+        m = self.models
+        scheduler = DPMSolverMultistepScheduler.from_config(m.scheduler)
+        unet, text = m.parts["unet"], m.parts["text_1"]
+        self.pipe = StableDiffusionPipeline(m.vae, text, m.tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+
+    def wear(self, lora: Path | None, strength: float = 1.0, field: str = "--lora") -> None:
+        """Put the LoRA of a file on at a strength, or none. Raises ValueError naming `field` for a file that does not fit."""
+        if lora is None:
+            if self.worn is not None:
+                self.pipe.disable_lora()
+            return
+        check_lora(lora, self.family.name, field)
+        stat = lora.stat()
+        wanted = (lora.resolve(), stat.st_mtime_ns, stat.st_size)
+        if self.worn != wanted:
+            self._take_off()
+            try:
+                self.pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="lora")
+            except (RuntimeError, ValueError):  # layers of other sizes, or none that the base has
+                self._take_off()
+                raise ValueError(
+                    f"{field} is {lora}, whose layers do not fit the base {self.path}. Give the base that it was trained on."
+                ) from None
+            self.worn = wanted
+        self.pipe.enable_lora()
+        try:
+            self.pipe.set_adapters(["lora"], [strength])
+        except ValueError:  # no layer was found
+            self._take_off()
+            raise ValueError(
+                f"{field} is {lora}, whose layers do not fit the base {self.path}. Give the base that it was trained on."
+            ) from None
+
+    def _take_off(self) -> None:
+        self.pipe.unload_lora_weights()
+        self.worn = None
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative: str = "",
+        steps: int = 20,
+        guidance: float = 7.0,
+        size: tuple[int | None, int | None] = (None, None),
+        tick: Callable[[], None] | None = None,
+    ) -> list[Image]:
+        """One picture for each prompt and seed, `size` (width, height) or the base's own; `tick` runs after each denoising step."""
+        width, height = (s or self.native for s in size)
+        more = {"negative": negative, "steps": steps, "guidance": guidance, "size": (width, height), "tick": tick}
+        return self.family.sample(self.models, prompts, seeds, **more)
+
+
+def check_lora(lora: Path, family: str, field: str) -> None:
+    """Raise ValueError for a file that is no LoRA, or one for another family than `family`."""
+    from trainer.formats.probe import identify
+
+    found = identify(lora)
+    if found.kind != "lora":
+        raise ValueError(f"{field} is {lora}, which is {found.what}. Give a LoRA file.")
+    if found.family not in (None, family):
+        raise ValueError(f"{field} is {lora}, which is {found.what}; the base is {family}. Give a LoRA that was trained for it.")
 
 
 def generate(
@@ -24,57 +116,23 @@ def generate(
 
     Raises ValueError for a base or LoRA that cannot be used.
     """
-    import torch
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
-    from trainer import families
     from trainer.families import sources
-    from trainer.formats.probe import identify
-    from trainer.hardware import choose
 
-    hardware = choose(device)
-    path = sources.resolve(base, lambda text: print(text, file=sys.stderr))  # stdout has the pictures' paths alone
-    family = families.get(sources.family_of(path, "auto"))
-    if lora is not None:
-        found = identify(lora)
-        if found.kind != "lora":
-            raise ValueError(f"--lora is {lora}, which is {found.what}. Give a LoRA file.")
-        if found.family not in (None, family.name):
-            raise ValueError(f"--lora is {lora}, which is {found.what}; the base is {family.name}. Give a LoRA that was trained for it.")
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)  # stdout has the pictures' paths alone
+
+    path = sources.resolve(base, say)
+    if lora is not None:  # before the base is loaded, which takes long
+        check_lora(lora, sources.family_of(path, "auto"), "--lora")
     folder = out or Path("pictures")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out is {folder}, which cannot be made ({error.strerror}). Give another folder.") from None
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[hardware.dtype]
-    models = family.load(path, dtype, torch.device(hardware.device), "auto", "sdpa")
-    native = family.native_resolution(path)
-    width, height = (s or native for s in size)
-    if lora is not None:
-        pipe = StableDiffusionPipeline(
-            models.vae,
-            models.parts["text_1"],
-            models.tokenizer,
-            models.parts["unet"],
-            DPMSolverMultistepScheduler.from_config(models.scheduler),
-            None,
-            None,
-            requires_safety_checker=False,
-        )
-        try:
-            pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="lora")
-            pipe.set_adapters(["lora"], [strength])
-        except (RuntimeError, ValueError):  # layers of other sizes, or none that the base has
-            raise ValueError(f"--lora is {lora}, whose layers do not fit the base {path}. Give the base that it was trained on.") from None
-    images = family.sample(
-        models,
-        prompts,
-        [seed + k for k in range(len(prompts))],
-        negative=negative,
-        steps=steps,
-        guidance=guidance,
-        size=(width, height),
-    )
+    studio = Studio(str(path), device=device, say=say)
+    studio.wear(lora, strength)
+    seeds = [seed + k for k in range(len(prompts))]
+    images = studio.sample(prompts, seeds, negative=negative, steps=steps, guidance=guidance, size=size)
     paths = []
     for k, image in enumerate(images):
         target, n = folder / f"{seed + k}-{k + 1}.png", 1

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
+import psutil
 import torch
 
 from trainer import control
-from trainer.config import TrainConfig
+from trainer.course import Course
 from trainer.data.store import Store
 from trainer.events import Writer
-from trainer.plan import Plan, factor
+from trainer.plan import TooShort, factor
 from trainer.processes import Processes
 from trainer.run_dir import RunDir
 from trainer.step import Step
@@ -26,17 +29,20 @@ class Diverged(RuntimeError):
 
 @dataclass
 class Hooks:
-    """What the loop does beside stepping; each takes the number of completed steps."""
+    """What the loop does beside stepping; each takes the number of completed steps.
+
+    `change` also takes {"visits" or "prompts": what a request asks for}; it raises plan.TooShort for a length that leaves nothing to do.
+    """
 
     validate: Callable[[int], None]
     preview: Callable[[int], None]
     checkpoint: Callable[[int], None]
     export: Callable[[int], None]
+    change: Callable[[int, dict[str, Any]], None]
 
 
 def fit(
-    config: TrainConfig,
-    plan: Plan,
+    course: Course,
     store: Store,
     step: Step,
     processes: Processes,
@@ -46,38 +52,40 @@ def fit(
     start: int,
     interrupted: Callable[[], bool],
 ) -> tuple[str, int]:
-    """Train from step `start` to the plan's end. Returns ("finished" or "stopped", completed steps).
+    """Train from step `start` to the course's end, which a request may move. Returns ("finished" or "stopped", completed steps).
 
     Raises Diverged when a loss that is read is not finite.
     """
-    total = len(plan.steps)
-    done_images = sum(len(rows) for rows in plan.steps[:start])
+    done_images = sum(len(rows) for rows in course.plan.steps[:start])
     since_images, since_step, since_time = 0, start, time.perf_counter()
-    micro_rows = {b: _on_device(processes.rows(b, config.train.accumulation), step) for b in {len(rows) for rows in plan.steps}}
+    memory = _memory_reader(step.models.device)
 
-    for n in range(start, total):
+    @cache
+    def micro_rows(batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        rows = processes.rows(batch, course.config.train.accumulation)
+        return [(torch.tensor(index, device=step.models.device), torch.tensor(valid, device=step.models.device)) for index, valid in rows]
+
+    n = start
+    while n < course.total:
         # 1. what somebody asked for
-        stop = False
         if processes.size == 1 or n % EVENTS_EVERY == 0:
-            requests = control.take(run) if processes.main else []
-            for kind in ("save", "preview"):
-                if processes.agree(int(any(r.kind == kind for r in requests))):
-                    for hook in (hooks.checkpoint, hooks.export) if kind == "save" else (hooks.preview,):
-                        hook(n)
-            stop = bool(processes.agree(int(interrupted() or any(r.kind == "stop" for r in requests))))
-            for r in requests:
-                emit("answered", request=r.kind, id=r.id, step=n, detail="done" if r.kind in control.REQUESTS else "unknown request")
-        if stop:
-            return "stopped", n
+            pause = time.perf_counter()
+            requests, stop = processes.agree((control.take(run) if processes.main else [], interrupted()))
+            for request, detail in _heed(requests, n, hooks):
+                emit("answered", request=request.kind, id=request.id, step=n, detail=detail)
+            since_time += time.perf_counter() - pause
+            if stop or any(r.kind == "stop" for r in requests):
+                return "stopped", n
 
         # 2. the step
+        config, total, rows = course.config, course.total, course.plan.steps[n]
         batch = store.batch(n)
         draws = step.begin(n, batch)
-        for k, (index, valid) in enumerate(micro_rows[len(plan.steps[n])]):
+        for k, (index, valid) in enumerate(micro_rows(len(rows))):
             step.grads(n, batch.rows(index, valid), draws.rows(index), store.total_weight[n], f"{processes.rank} {k}")
         step.update(n, factor(config, n, total))
-        done_images += len(plan.steps[n])
-        since_images += len(plan.steps[n])
+        done_images += len(rows)
+        since_images += len(rows)
         done = n + 1
 
         # 3. what is due
@@ -94,23 +102,49 @@ def fit(
                 rate={k: float(f"{v:.4g}") for k, v in rates.items()},
                 images_per_s=round(since_images / seconds, 3),
                 eta_s=round(seconds / (done - since_step) * (total - done), 1),
-                epoch=round(done_images / len(plan.images), 2),
+                epoch=round(done_images / len(course.plan.images), 2),
+                memory_gib=round(memory() / 2**30, 3),
             )
             since_images, since_step, since_time = 0, done, time.perf_counter()
         if done < total:
             pause = time.perf_counter()
-            for every, hook in (
-                (config.validation.every, hooks.validate),
-                (config.preview.every if config.preview.enabled else 0, hooks.preview),
-                (config.output.save_every, hooks.export),
-                (config.output.checkpoint_every, hooks.checkpoint),
+            for times, hook in (
+                (course.due.validation, hooks.validate),
+                (course.due.preview, hooks.preview),
+                (course.due.save, hooks.export),
+                (course.due.checkpoint, hooks.checkpoint),
             ):
-                if every and done % every == 0:
+                if done in times:
                     hook(done)
             since_time += time.perf_counter() - pause
-    return "finished", total
+        n = done
+    return "finished", n
 
 
-def _on_device(rows: list[tuple[list[int], list[float]]], step: Step) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    device = step.models.device
-    return [(torch.tensor(index, device=device), torch.tensor(valid, device=device)) for index, valid in rows]
+def _heed(requests: Sequence[control.Request], n: int, hooks: Hooks) -> list[tuple[control.Request, str]]:
+    """Do what was asked for, changes first and the same thing once; returns each request with what came of it."""
+    answers = {r.id: control.wrong(r) or "done" for r in requests}
+    for r in requests:
+        if r.kind in control.CHANGES and answers[r.id] == "done":
+            try:
+                hooks.change(n, {r.kind: r.payload[r.kind]})
+            except TooShort as error:
+                answers[r.id] = str(error)
+    kinds = {r.kind for r in requests}
+    for kind, todo in (("save", (hooks.checkpoint, hooks.export)), ("preview", (hooks.preview,))):
+        for hook in todo if kind in kinds else ():
+            hook(n)
+    return [(r, answers[r.id]) for r in requests]
+
+
+def _memory_reader(device: torch.device) -> Callable[[], int]:
+    """What reads the memory in bytes without waiting for the device: CUDA's most since the last reading, else this process's own."""
+    if device.type != "cuda":
+        return lambda: psutil.Process().memory_info().rss
+
+    def read() -> int:
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most
+
+    return read

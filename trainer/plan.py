@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 
 from trainer import randomness
 from trainer.config import DataConfig, TrainConfig
@@ -109,6 +110,39 @@ def visits(config: TrainConfig, source: DataConfig) -> int:
     return source.visits or config.train.visits
 
 
+def with_visits(config: TrainConfig, visits: int) -> TrainConfig:
+    """`config` with another length; folders with visits of their own keep their proportion to the others."""
+    scaled = [d.visits and max(1, round(d.visits * visits / config.train.visits)) for d in config.data]
+    data = tuple(d.model_copy(update={"visits": v}) for d, v in zip(config.data, scaled, strict=True))
+    return config.model_copy(update={"train": config.train.model_copy(update={"visits": visits}), "data": data})
+
+
+def relaid(laid: Plan, config: TrainConfig, n: int) -> Plan:
+    """`laid` as it goes on after `n` steps with the length of `config`, which differs in its visits alone: the steps done, then
+    those of the new plan from `n` on. The captions known so far keep their places.
+
+    Raises TooShort when the new plan has no step left.
+    """
+    if length(laid, config) <= n:
+        least = next(v for v in count(1) if length(laid, with_visits(config, v)) > n)
+        raise TooShort(f"visits is {config.train.visits}, which {n} steps have used up already; it must be at least {least} now.")
+    known = {text: k for k, text in enumerate(laid.captions)}
+    rows = _order(config, laid.images, laid.placements)[n:]
+    ahead = tuple(_draw(config, k, batch, laid.images, known) for k, batch in enumerate(rows, n))
+    return replace(laid, steps=laid.steps[:n] + ahead, captions=tuple(known))
+
+
+def length(laid: Plan, config: TrainConfig) -> int:
+    """The number of steps that `config` gives with the images of `laid`."""
+    return sum(
+        -(-sum(times.values()) // min(config.train.batch_size, len(times))) for times in _times(config, laid.images, laid.placements)
+    )
+
+
+class TooShort(ValueError):
+    """A run's new length leaves nothing to do; the text names the shortest that does."""
+
+
 def _order(config: TrainConfig, images: Sequence[Image], placements: Sequence[Placement]) -> list[list[int]]:
     """Batches of image indices, one for each step.
 
@@ -116,13 +150,9 @@ def _order(config: TrainConfig, images: Sequence[Image], placements: Sequence[Pl
     bucket's last batch may be short; a bucket with fewer images than the batch has batches of that size. The buckets'
     batches are then spread evenly over the run.
     """
-    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for k, p in enumerate(placements):
-        buckets[p.width, p.height].append(k)
     placed: list[tuple[float, int, list[int]]] = []
-    for b, (_, members) in enumerate(sorted(buckets.items())):
-        times = {k: visits(config, config.data[images[k].source]) for k in members}
-        longest = max(times.values())
+    for b, times in enumerate(_times(config, images, placements)):
+        members, longest = list(times), max(times.values())
         stream: list[int] = []
         for turn in range(longest):
             due = [k for k in members if (turn + 1) * times[k] // longest > turn * times[k] // longest]
@@ -133,6 +163,15 @@ def _order(config: TrainConfig, images: Sequence[Image], placements: Sequence[Pl
         jitter = randomness.host(config.train.seed, b, "interleave")
         placed += [((k + jitter.random()) / len(batches), b, batch) for k, batch in enumerate(batches)]
     return [batch for _, _, batch in sorted(placed, key=lambda entry: entry[:2])]
+
+
+def _times(config: TrainConfig, images: Sequence[Image], placements: Sequence[Placement]) -> Iterator[dict[int, int]]:
+    """For each bucket, smallest first: how often each of its images is seen."""
+    buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for k, p in enumerate(placements):
+        buckets[p.width, p.height].append(k)
+    for _, members in sorted(buckets.items()):
+        yield {k: visits(config, config.data[images[k].source]) for k in members}
 
 
 def _draw(config: TrainConfig, n: int, batch: Sequence[int], images: Sequence[Image], known: dict[str, int]) -> tuple[Row, ...]:
@@ -163,7 +202,11 @@ def preview_prompts(config: TrainConfig, images: Sequence[Image]) -> tuple[str, 
 
 
 def factor(config: TrainConfig, n: int, total: int) -> float:
-    """The learning rate's factor in [0, 1] at step `n` (counted from 0) of `total`."""
+    """The learning rate's factor in [0, 1] at step `n` (counted from 0) of `total`.
+
+    A run that was made longer or shorter follows the curve of its new total from then on: one that is trained further after its
+    end goes back up to where step `n` stands on the longer curve.
+    """
     schedule = config.schedule
     warm = round(schedule.warmup * total)
     if n < warm:
@@ -176,6 +219,69 @@ def factor(config: TrainConfig, n: int, total: int) -> float:
     if schedule.kind == "cosine_restarts":
         done = done * schedule.restarts % 1.0
     return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+TIMES = 8  # what is done along the way comes so often over a run, its end included
+LEAST = 5  # steps between two such times
+
+
+@dataclass(frozen=True)
+class Due:
+    """After which steps something is done, the run's start and end left out: `n in due.save`."""
+
+    validation: Container[int]
+    preview: Container[int]
+    save: Container[int]
+    checkpoint: Container[int]
+
+
+def due(config: TrainConfig, total: int) -> Due:
+    """When a run of `total` steps stops to look and to save.
+
+    An interval of None means eight evenly spread times, the end being the eighth; fewer in a run of less than 40 steps.
+    """
+
+    def times(every: int | None) -> Sequence[int]:
+        if every is None:
+            n = min(TIMES, total // LEAST)
+            return tuple(round(k * total / n) for k in range(1, n))
+        return range(every, total, every) if every else ()
+
+    return Due(
+        validation=times(config.validation.every) if config.validation.enabled else (),
+        preview=times(config.preview.every) if config.preview.enabled else (),
+        save=times(config.output.save_every),
+        checkpoint=times(config.output.checkpoint_every),
+    )
+
+
+def describe_schedule(config: TrainConfig) -> str:
+    """The learning rates over the run in words, such as `cosine from 1e-4 to 10 % after 2 % warm-up`."""
+    schedule = config.schedule
+    names = {"unet": "UNet", "text_1": "text encoder"}
+    rates = {
+        names[name]: _rate(part.learning_rate) + (f" until {part.stop * 100:g} % of the run" if part.stop < 1 else "")
+        for name, part in config.part
+        if part.train
+    }
+    alike = len(set(rates.values())) == 1
+    said = next(iter(rates.values())) if alike else ", ".join(f"{rate} ({name})" for name, rate in rates.items())
+    floor = f"{schedule.floor * 100:g} %"
+    text = {
+        "constant": f"constant at {said}",
+        "linear": f"linear from {said} to {floor}",
+        "cosine": f"cosine from {said} to {floor}",
+        "cosine_restarts": f"{schedule.restarts} cosine cycles from {said} to {floor}",
+    }[schedule.kind]
+    return text + (f" after {schedule.warmup * 100:g} % warm-up" if schedule.warmup else "")
+
+
+def _rate(value: float) -> str:
+    """1e-4 for 0.0001, 0.5 for 0.5."""
+    if value >= 0.01:
+        return f"{value:g}"
+    digits, exponent = f"{value:.3e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
 
 
 def stop_step(stop: float, total: int) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -21,11 +25,11 @@ class Processes:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def agree(self, flag: int) -> int:
-        """Rank 0's `flag` (a small integer) on every process."""
+    def agree(self, value: T) -> T:
+        """Rank 0's `value` (anything small that pickles) on every process."""
         from accelerate.utils import broadcast_object_list
 
-        return broadcast_object_list([flag])[0] if self.size > 1 else flag
+        return broadcast_object_list([value])[0] if self.size > 1 else value
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -15,11 +15,12 @@ from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
-from trainer import control, events, plan, randomness
+from trainer import control, course, events, plan, randomness
 from trainer.config import TrainConfig
 from trainer.families import sources
+from trainer.formats import probe
 from trainer.hardware import Hardware, choose
-from trainer.run_dir import Lock, RunDir, RunError, write_json
+from trainer.run_dir import Lock, RunDir, RunError, write_atomic, write_json
 
 # Two runs are the same for resuming when they differ in nothing but these: what is looked at, not what is learnt.
 TEXTS = {"title", "author", "description", "license"}
@@ -36,20 +37,34 @@ class Prepared:
     plan: plan.Plan
 
 
-def prepare(config: TrainConfig, say: Callable[[str], None]) -> Prepared:
-    """Resolve the base and lay out the data. Raises ValueError (its subclasses) with every problem in sentences."""
+def prepare(config: TrainConfig, say: Callable[[str], None], resumed: bool = False) -> Prepared:
+    """Resolve the base and lay out the data. Raises ValueError (its subclasses) with every problem in sentences.
+
+    What training starts from (adapter.start) matters no more to a run that is `resumed` from a checkpoint.
+    """
     from trainer import families
 
     path = sources.resolve(config.model.source, say)
     family = sources.family_of(path, config.model.family)
+    if config.adapter.start and not resumed:
+        _check_start(config.adapter.start, family)
     return Prepared(config, path, family, plan.make(config, families.get(family).native_resolution(path)))
 
 
 def train(
-    config: TrainConfig, root: Path, *, resume: bool = False, show: Callable[[dict[str, Any]], None] = lambda event: None
+    config: TrainConfig,
+    root: Path,
+    *,
+    resume: bool = False,
+    visits: int | None = None,
+    show: Callable[[dict[str, Any]], None] = lambda event: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[str, RunDir]:
     """Train in the folder `root`. Returns ("finished" or "stopped", the folder); `show` sees every event.
 
+    `visits` gives a resumed run a new total length: one that had finished goes on past its end, at the learning rate that the
+    schedule has there over the new total; the LoRA of the earlier end stays as NAME-<step>.safetensors. `stopping` is asked
+    before each step.
     Raises ValueError with a sentence for anything that the user can mend; it also stands in the run's `failed` event.
     """
     from trainer.processes import Processes
@@ -64,11 +79,12 @@ def train(
             lock.acquire()
     step = 0  # the last that an event named
     emit: Callable[..., Any] = lambda type, **fields: None  # noqa: E731 (other processes than the first write nothing)
-    interrupted = _on_interrupt()
+    interrupted = _on_interrupt(stopping)
+    awake = contextlib.ExitStack()
     try:
         if processes.main:
             with _writable(run):
-                _check_folder(config, run, resume)
+                _check_folder(config, run, resume, visits)
                 writer = events.Writer(run.events)
 
             def emit(type: str, **fields: Any) -> None:
@@ -78,9 +94,10 @@ def train(
 
             if resume:
                 _answer_late(run, True, emit, step)
+            _keep_awake(awake)
         processes.barrier()
         try:
-            outcome, step = _train(config, run, hardware, processes, emit, resume, interrupted)
+            outcome, step = _train(config, run, hardware, processes, emit, resume, visits, interrupted)
         except Exception as error:
             text = _explain(error)
             with contextlib.suppress(OSError):  # on a full disk the log cannot grow either; what is raised says it all
@@ -93,6 +110,8 @@ def train(
         emit(outcome, step=step, seconds=round(time.time() - started, 1))
         return outcome, run
     finally:
+        with contextlib.suppress(Exception):  # as _keep_awake
+            awake.close()
         interrupted.restore()
         lock.release()
 
@@ -104,6 +123,7 @@ def _train(
     processes: Any,
     emit: Callable[..., Any],
     resume: bool,
+    visits: int | None,
     interrupted: Callable[[], bool],
 ) -> tuple[str, int]:
     started = time.time()
@@ -112,10 +132,22 @@ def _train(
 
     # 1. the data, and the run on paper
     emit("stage", name="loading")
-    ready = prepare(config, lambda text: emit("warning", text=text))
+    last = run.last_checkpoint() if resume else None
+    start = last[0] if last else 0
+    ready = prepare(config, lambda text: emit("warning", text=text), resumed=last is not None)
     for text in ready.plan.warnings:
         emit("warning", text=text)
-    total = len(ready.plan.steps)
+    now = course.Course(config, ready.plan)
+    told = processes.agree(course.changes(events.read(run.events)) if resume and processes.main else [])
+    longer = [{"step": start, "visits": visits}] if visits else []
+    plans, late = [], []  # the plans as they followed each other; the changes that readers must hear of (again)
+    for change in told + longer:
+        said = now.change(**change | {"step": min(change["step"], start)})
+        if "visits" in change:
+            plans.append(now.plan)
+        if change["step"] > start or change in longer:
+            late.append(said)
+    total = now.total
     emit(
         "started",
         name=config.output.name,
@@ -125,6 +157,11 @@ def _train(
         device=hardware.name,
         dtype=hardware.dtype,
         reasons=list(hardware.reasons),
+        family=ready.family,
+        resolution=ready.plan.resolution,
+        visits=now.config.train.visits,
+        batch_size=config.train.batch_size,
+        schedule=plan.describe_schedule(config),
     )
 
     # 2. the base, frozen (these imports take seconds: only now)
@@ -159,12 +196,16 @@ def _train(
     # 3. latents and text, once
     emit("stage", name="encoding")
     store = Store(config, ready.plan, family, models, text_trains)
+    for laid in plans:
+        store.extend(laid)
     measures = _measures(config, ready.plan, family, models, text_trains, validation) if config.validation.enabled else {}
     models.park("vae", *(p for p in family.parts if p != "unet" and store.tokens is None))
 
     # 4. what is trained
     layers = kohya.layers(models.parts)
     adapter = adapters.build(config.adapter, models.parts, {name: targets[name] for name in trained}, config.train.seed)
+    if config.adapter.start and not last:
+        _start(adapter, config.adapter.start)
     adapter.train(True)
     for text in adapter.notes:
         emit("warning", text=text)
@@ -175,18 +216,20 @@ def _train(
     reduce = processes.reduce if processes.size > 1 else None
     step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
     objects = {"adapter": adapter, "optimizer": checkpoints.OptimizerState(optimizer)} | ({"loss_scale": step.scale} if step.scale else {})
-    last = run.last_checkpoint() if resume else None
-    start = checkpoints.load_checkpoint(last[1], objects) if last else 0
+    if last:
+        checkpoints.load_checkpoint(last[1], objects)
     if resume:
         emit("resumed", step=start)
+    for change in late:
+        emit("changed", **change)
 
     # 5. what happens beside the steps
     biggest = next(iter(ready.plan.buckets()))
-    prompts = plan.preview_prompts(config, ready.plan.images)
 
     def do_preview(n: int) -> None:
         if processes.main:
-            emit("preview", step=n, images=preview.make(config, family, models, adapter, prompts, biggest, run, n), prompts=list(prompts))
+            images = preview.make(config, family, models, adapter, now.prompts, biggest, run, n)
+            emit("preview", step=n, images=images, prompts=list(now.prompts))
 
     def do_validate(n: int) -> None:
         if measures and processes.main:
@@ -202,7 +245,7 @@ def _train(
 
     def do_export(n: int, final: bool = False) -> None:
         if processes.main:
-            facts = _facts(config, ready, models, trained, n, started)
+            facts = _facts(now.config, ready, models, trained, n, started)
             target = run.lora(config.output.name, None if final else n)
             done = export(
                 target,
@@ -217,19 +260,28 @@ def _train(
                 emit("warning", text=note)
             emit("exported", step=n, file=target.name, bytes=done.bytes, modules=done.modules, final=final)
 
+    def do_change(n: int, change: dict[str, Any]) -> None:
+        said = now.change(n, **change)
+        if "visits" in change:
+            store.extend(now.plan)
+            step.stops = {name: plan.stop_step(part.stop, now.total) for name, part in trained.items()}
+        emit("changed", **said)
+
     # 6. train
     emit("stage", name="training")
     if start == 0:
         do_validate(0)
         if config.preview.enabled:
             do_preview(0)
-    hooks = Hooks(do_validate, do_preview, do_checkpoint, do_export)
-    outcome, n = fit(config, ready.plan, store, step, processes, run, emit, hooks, start, interrupted)
+    hooks = Hooks(do_validate, do_preview, do_checkpoint, do_export, do_change)
+    outcome, n = fit(now, store, step, processes, run, emit, hooks, start, interrupted)
 
     # 7. keep it
     emit("stage", name="exporting")
     if not run.checkpoint(n).exists():
         do_checkpoint(n)
+    if outcome == "finished" and processes.main:
+        _keep_earlier(run, config.output.name, n, emit)
     do_export(n, final=outcome == "finished")
     if outcome == "finished":
         do_validate(n)
@@ -292,13 +344,57 @@ def _facts(config: TrainConfig, ready: Prepared, models: Any, trained: dict[str,
     )
 
 
+def _check_start(path: Path, family: str) -> None:
+    """Raise ValueError where adapter.start is no LoRA for this family."""
+    try:
+        found = probe.identify(path)
+    except ValueError as error:
+        raise ValueError(f"adapter.start is {path}: {error}") from None
+    if found.kind != "lora":
+        raise ValueError(f"adapter.start is {path}, which is {found.what}. Give a LoRA file, or leave it empty.")
+    if found.family not in (None, family):
+        raise ValueError(f"adapter.start is {path}, which is {found.what}; the base is {family}. Give a LoRA that was trained for it.")
+
+
+def _start(adapter: Any, path: Path) -> None:
+    """Give a fresh adapter the effect of the LoRA file at `path`. Raises ValueError where it does not fit."""
+    from trainer.tools.inspect import read_lora
+
+    try:
+        adapter.start(read_lora(path)[1])
+    except ValueError as error:
+        raise ValueError(f"adapter.start is {path}: {error}") from None
+
+
+def _keep_earlier(run: RunDir, name: str, step: int, emit: Callable[..., Any]) -> None:
+    """Keep the LoRA of an earlier end under the name of its step before that of `step` takes its place."""
+    ends = [e for e in events.read(run.events) if e["type"] == "exported" and e["final"] and e["step"] != step]
+    kept = run.lora(name, ends[-1]["step"]) if ends else None
+    if kept is None or kept.exists() or not run.lora(name).exists():
+        return
+    for source in (run.lora(name), run.lora(name).with_suffix(".json")):
+        if source.exists():
+            write_atomic(kept.with_suffix(source.suffix), source.read_bytes(), "the LoRA of the earlier end")
+    emit("exported", step=ends[-1]["step"], file=kept.name, bytes=kept.stat().st_size, modules=ends[-1]["modules"], final=False)
+
+
+def _keep_awake(stack: contextlib.ExitStack) -> None:
+    """Keep the computer from sleeping until `stack` is closed, where the system lets us."""
+    from wakepy import keep
+
+    try:
+        stack.enter_context(keep.running(on_fail="pass"))
+    except Exception:  # whatever a desktop's services answer: training does not depend on it
+        stack.close()
+
+
 def _answer_late(run: RunDir, main: bool, emit: Callable[..., Any], step: int) -> None:
     """Answer the requests that an ended run did not get to: a second "stop", or one before a crash, must not end the resumed run."""
     for request in control.take(run) if main else ():
         emit("answered", request=request.kind, id=request.id, step=step, detail="too late: the run was ending or had ended")
 
 
-def _check_folder(config: TrainConfig, run: RunDir, resume: bool) -> None:
+def _check_folder(config: TrainConfig, run: RunDir, resume: bool, visits: int | None) -> None:
     """Write config.json and versions.json into a new folder, or make sure that a resumed one was made with the same settings."""
     if resume:
         if not run.config.exists():
@@ -314,6 +410,7 @@ def _check_folder(config: TrainConfig, run: RunDir, resume: bool) -> None:
                     f"The run in {run.root} was made with other settings in [{section}], so it cannot be resumed with these. "
                     "Resume with its own config.json (train --run-dir DIR --resume), or start anew in another folder."
                 )
+        _check_end(config, run, visits)
         for left in (*run.root.rglob(".*.tmp"), *run.root.rglob(".*.part")):  # of a process that was killed while it wrote
             left.unlink()
     elif any(e["type"] in ("step", "checkpoint", "exported") for e in events.read(run.events)):
@@ -323,6 +420,20 @@ def _check_folder(config: TrainConfig, run: RunDir, resume: bool) -> None:
     write_json(run.config, config.model_dump(mode="json"))
     names = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow")
     write_json(run.versions, {name: packages.version(name) for name in names})
+
+
+def _check_end(config: TrainConfig, run: RunDir, visits: int | None) -> None:
+    """Raise RunError for a finished run that has nothing left to do."""
+    seen = list(events.read(run.events))
+    if not seen or seen[-1]["type"] != "finished" or not run.lora(config.output.name).exists():
+        return
+    had = next((c["visits"] for c in reversed(course.changes(seen)) if "visits" in c), config.train.visits)
+    if visits is None or visits <= had:
+        asked = "" if visits is None else f"; visits is {visits}"
+        raise RunError(
+            f"The run in {run.root} is finished: it has made its {had} visits{asked}. To train it further, resume it with a greater "
+            f"total length, such as --resume --visits {had + max(1, had // 2)}."
+        )
 
 
 @contextlib.contextmanager
@@ -336,8 +447,8 @@ def _writable(run: RunDir) -> Iterator[None]:
 class _on_interrupt:
     """Ctrl-C (and a polite kill) asks the run to end after its step; a second one ends it at once."""
 
-    def __init__(self) -> None:
-        self.asked, self.before = False, {}
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self.asked, self.before, self.stopping = False, {}, stopping
         for kind in (signal.SIGINT, signal.SIGTERM):
             try:
                 self.before[kind] = signal.signal(kind, self._handle)
@@ -350,7 +461,7 @@ class _on_interrupt:
         self.asked = True
 
     def __call__(self) -> bool:
-        return self.asked
+        return self.asked or self.stopping()
 
     def restore(self) -> None:
         for kind, handler in self.before.items():

@@ -1,3 +1,4 @@
+import itertools
 import math
 import random
 from collections import Counter
@@ -254,3 +255,89 @@ def test_copies_of_an_image_are_named(draw_pictures, tmp_path):
     assert [w for w in made.warnings if "01.png, copy.png" in w]
     (folder / "copy.png").unlink()
     assert not [w for w in plan.make(load(values={"data": [{"folder": str(folder)}]}), 64).warnings if "more than once" in w]
+
+
+def asked(configure, every):
+    return configure({"preview.enabled": True, "validation.enabled": True} | dict.fromkeys(EVERY, every))
+
+
+EVERY = ("preview.every", "output.save_every", "validation.every", "output.checkpoint_every")
+
+
+@pytest.mark.parametrize("total", [1, 4, 9, 10, 39, 40, 41, 81, 266, 1400, 99_999])
+def test_automatic_looks_and_files_are_spread_over_the_run(total, configure):
+    due = plan.due(configure({"preview.enabled": True}), total)
+    assert due.preview == due.save
+    steps = [0, *due.save, total]
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
+    assert len(gaps) == (8 if total >= 40 else max(1, total // 5))
+    assert max(gaps) - min(gaps) <= 1
+    assert total < 5 or min(gaps) >= 5  # the last of them too is not next to the end
+
+
+def test_intervals_that_are_set_are_kept_and_0_is_never(configure):
+    every_3 = plan.due(asked(configure, 3), 10)
+    never = plan.due(asked(configure, 0), 10)
+    for kind in ("preview", "save", "validation", "checkpoint"):
+        assert [n for n in range(12) if n in getattr(every_3, kind)] == [3, 6, 9], kind
+        assert not list(getattr(never, kind)), kind
+    assert 9 not in plan.due(asked(configure, 3), 9).save  # the end is not along the way
+    off = plan.due(configure({"preview.every": 3}), 10)
+    assert not list(off.preview)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_plan_that_is_relaid_goes_on_as_the_new_one(seed, lay_out):
+    rng = random.Random(seed)
+    sizes = [rng.choice(SIZES[:3]) for _ in range(rng.randint(1, 9))]
+    laid, config = lay_out(sizes, {"train.batch_size": rng.randint(1, 4), "train.visits": 4, "dataset.shuffle_tags": True})
+    new_config = plan.with_visits(config, 9)
+    new = plan.make(new_config, 128)
+    n = rng.randint(0, len(laid.steps))
+    both = plan.relaid(laid, new_config, n)
+    assert plan.length(laid, new_config) == len(new.steps) == len(both.steps)
+
+    def seen(one, steps):
+        return [[(row.image, row.flip, one.captions[row.caption]) for row in rows] for rows in steps]
+
+    assert seen(both, both.steps) == seen(laid, laid.steps[:n]) + seen(new, new.steps[n:])
+    assert both.captions[: len(laid.captions)] == laid.captions
+    assert plan.relaid(both, new_config, n) == both
+
+
+def test_a_plan_that_would_be_over_names_the_least_length(lay_out):
+    laid, config = lay_out([(64, 64)] * 5, {"train.batch_size": 2, "train.visits": 4})  # 2.5 steps a visit
+    for n, least in ((2, 1), (3, 2), (7, 3), (8, 4)):
+        assert len(plan.relaid(laid, plan.with_visits(config, least), n).steps) > n
+        if least > 1:
+            with pytest.raises(plan.TooShort, match=f"visits is {least - 1}, .* it must be at least {least} now"):
+                plan.relaid(laid, plan.with_visits(config, least - 1), n)
+
+
+def test_folders_with_visits_of_their_own_keep_their_proportion(configure, pictures):
+    folders = [{"folder": str(pictures)}, {"folder": str(pictures), "visits": 2}, {"folder": str(pictures), "visits": 10}]
+    config = configure({"data": folders, "train.visits": 4})
+    longer = plan.with_visits(config, 10)
+    assert [plan.visits(longer, d) for d in longer.data] == [10, 5, 25]
+    assert [plan.visits(c, d) for c in [plan.with_visits(config, 1)] for d in c.data] == [1, 1, 2]
+    assert plan.with_visits(config, 4) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"part.unet.learning_rate": 1e-4, "part.text_1.train": False}, "cosine from 1e-4 to 10 % after 2 % warm-up"),
+        (
+            {"part.text_1.stop": 0.67, "schedule.kind": "linear", "schedule.floor": 0},
+            "linear from 1e-3 (UNet), 5e-4 until 67 % of the run (text encoder) to 0 % after 2 % warm-up",
+        ),
+        ({"part.unet.learning_rate": 5e-4, "schedule.kind": "constant", "schedule.warmup": 0}, "constant at 5e-4"),
+        (
+            {"part.unet.learning_rate": 1.0, "part.text_1.learning_rate": 1.0, "schedule.kind": "cosine_restarts"},
+            "3 cosine cycles from 1 to 10 % after 2 % warm-up",
+        ),
+        ({"part.unet.learning_rate": 7.5e-5, "part.text_1.train": False, "schedule.warmup": 0}, "cosine from 7.5e-5 to 10 %"),
+    ],
+)
+def test_the_schedule_in_words(changes, said, configure):
+    assert plan.describe_schedule(configure(changes)) == said

@@ -31,7 +31,7 @@ CASES = {
     "prodigy": {"optimizer.kind": "prodigy", **RATES_1},
     "prodigy, text encoder stopped": {"optimizer.kind": "prodigy", "part.text_1.stop": 0.25, **RATES_1},
 }
-LONG = {"train.visits": 40, "train.batch_size": 4, "adapter.dropout": 0.1, "output.checkpoint_every": 7}  # 80 steps
+LONG = {"train.visits": 40, "train.batch_size": 4, "adapter.dropout": 0.1, "output.checkpoint_every": 7, "output.save_every": 0}  # 80 steps
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,18 @@ def test_every_step_can_be_the_one_after_which_a_run_stops(train, same):
     assert_equal_ends(same, whole, part)
 
 
-def test_a_finished_run_resumes_to_itself(train, same):
+def test_a_finished_run_says_so_and_how_to_go_on(train):
+    whole = train()
+    before = {p: p.read_bytes() for p in whole.root.rglob("*") if p.is_file() and p.name != "process.json"}
+    with pytest.raises(RunError, match=r"is finished: it has made its 4 visits\. To train it further, .* --resume --visits 6\."):
+        train(root=whole.root, resume=True)
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_finished_run_that_lost_its_lora_makes_it_again(train, same):
     whole = train()
     before = whole.lora()
+    (whole.root / "lora.safetensors").unlink()
     again = train(root=whole.root, resume=True)
     assert again.outcome == "finished"
     assert [e["step"] for e in again.events("resumed")] == [STEPS]

@@ -87,10 +87,13 @@ def test_every_event_has_its_fields(finished):
     assert (started["total"], started["images"], started["buckets"]) == (8, 7, [[64, 64, 4], [88, 40, 3]])
     assert started["dtype"] == "fp32"
     assert len(started["reasons"]) == 3
+    assert (started["family"], started["resolution"], started["visits"], started["batch_size"]) == ("sd1", 64, 4, 4)
+    assert started["schedule"] == "cosine from 1e-3 (UNet), 5e-4 (text encoder) to 10 % after 2 % warm-up"
     last = finished.events("step")[-1]
     assert last["epoch"] == 4
     assert last["eta_s"] == 0
     assert last["images_per_s"] > 0
+    assert 0.1 < last["memory_gib"] < 100
     assert set(last["rate"]) == {"unet", "text_1"}
     assert last["rate"]["unet"] == pytest.approx(2 * last["rate"]["text_1"], rel=1e-3)
     for e in finished.events("preview"):
@@ -191,7 +194,7 @@ def test_requests_are_answered(train):
 
 
 def test_an_unknown_request_cannot_be_sent(tmp_path):
-    with pytest.raises(ValueError, match=r"request is 'dance'; it must be one of stop, save, preview\."):
+    with pytest.raises(ValueError, match=r"request is 'dance'; it must be one of stop, save, preview, prompts, visits\."):
         control.send(RunDir(tmp_path), "dance")
 
 
@@ -316,7 +319,7 @@ def test_a_full_disk_at_the_end_says_so_and_leaves_no_part_of_a_lora(train, monk
     assert train(root=tmp_path, resume=True).lora()
 
 
-WILD = {"part.unet.learning_rate": 10.0, "train.max_grad_norm": None, "train.visits": 24, "schedule.warmup": 0.5}
+WILD = {"part.unet.learning_rate": 10.0, "train.max_grad_norm": None, "train.visits": 24, "schedule.warmup": 0.5, "output.save_every": 0}
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(train, configure, tmp_path):

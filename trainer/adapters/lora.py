@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -45,6 +45,33 @@ class Lora:
             raise ValueError("The saved adapter has other layers or ranks than the configured one; use the settings it was saved with.")
         for k, tensor in own.items():
             tensor.copy_(state[k])
+
+    @torch.no_grad()
+    def start(self, deltas: Iterable[Delta]) -> None:
+        """Take on the change that a file's `deltas` make; layers that it leaves as they are stay as `build` made them.
+
+        What differs in scale is folded into `up`. Raises ValueError with a sentence for layers that are not trained here, and for
+        other ranks and sizes than those here.
+        """
+        given = {(d.part, d.path): d for d in deltas if d.tensors["up"].any() and d.tensors["down"].any()}
+        unknown = [f"{part} {path}" for part, path in given if path not in self.layers.get(part, {})]
+        if unknown:
+            raise ValueError(
+                f"it changes {len(unknown)} layers that this run does not train, the first is {unknown[0]}. Train their part, and "
+                "add their kind to adapter.targets, so that nothing of the file is lost."
+            )
+        for (part, path), delta in given.items():
+            m = self.layers[part][path]
+            own = m.lora_A[NAME].weight, m.lora_B[NAME].weight
+            down, up = delta.tensors["down"], delta.tensors["up"]
+            sides = (own[0].shape[1:].numel(), own[1].shape[0])
+            if (down[0].numel(), up.shape[0]) != sides:
+                raise ValueError(f"its layer {part} {path} has other sizes than the base's. Give a LoRA of a base of this kind.")
+            if down.shape[0] != own[0].shape[0]:
+                ranks = ", ".join(str(r) for r in sorted({d.tensors["down"].shape[0] for d in given.values()}))
+                raise ValueError(f"its rank is {ranks}, where this run has {own[0].shape[0]}. Set adapter.rank to the file's.")
+            own[0].copy_(down.reshape(own[0].shape))
+            own[1].copy_((up.double() * (delta.scale / self._scaling[id(m)])).float().reshape(own[1].shape))
 
     def deltas(self) -> Iterator[Delta]:
         for part, layers in self.layers.items():

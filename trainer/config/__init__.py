@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -19,6 +19,15 @@ Targets = Literal["attention", "feed_forward", "projections", "convolutions"]
 
 class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, values: Any) -> Any:
+        """TOML has no null: an empty string says "not set" for values that may be so."""
+        if not isinstance(values, dict):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if type(None) in get_args(field.annotation)}
+        return {k: None if k in optional and v == "" else v for k, v in values.items()}
 
 
 class ModelConfig(Strict):
@@ -85,6 +94,12 @@ class LoraConfig(Strict):
     alpha: float = Field(16.0, gt=0, le=4096, description="scale is alpha / rank; at alpha = rank it is 1")
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[Targets, ...] = Field(("attention",), min_length=1, description="kinds of layers that get an adapter")
+    start: Path | None = Field(None, description="a LoRA file of this rank from which training starts; None starts from no change")
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _unset(cls, value: Any) -> Any:
+        return None if isinstance(value, str) and not value.strip() else value
 
 
 # A union with the discriminator `kind` as soon as there is a second adapter; pydantic refuses a union of one.
@@ -167,7 +182,9 @@ class LoopConfig(Strict):
 
 
 class PreviewConfig(Strict):
-    every: int = Field(0, ge=0, description="make sample images every this many steps; 0: only at the start and the end")
+    every: int | None = Field(
+        None, ge=0, description="make sample images every this many steps; None: eight times over the run; 0: only at the start and the end"
+    )
     enabled: bool = True
     prompts: tuple[str, ...] = Field((), description="empty: made from the data")
     negative: str = ""
@@ -189,7 +206,11 @@ class OutputConfig(Strict):
     name: str = Field("lora", description="file name of the LoRA, without ending")
     naming: Literal["kohya", "peft"] = Field("kohya", description="kohya: for A1111, Forge, ComfyUI and all others; peft: for diffusers")
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    save_every: int = Field(0, ge=0, description="also export the LoRA every this many steps; these files are never deleted")
+    save_every: int | None = Field(
+        None,
+        ge=0,
+        description="also export the LoRA every this many steps; None: eight files over the run; 0: only at the end; none is deleted",
+    )
     checkpoint_every: int = Field(100, ge=0, description="write a resumable checkpoint every this many steps; 0: only at the end")
     keep_checkpoints: int = Field(2, ge=1, description="resumable checkpoints that are kept (exported LoRAs are never pruned)")
     title: str = ""

@@ -119,13 +119,16 @@ def load(
 
 
 def _absolute(values: dict[str, Any], root: Path) -> dict[str, Any]:
-    """`values` with relative data folders, and a relative path of a base that exists, taken from `root`: a run's config.json must
-    mean the same wherever it is resumed."""
+    """`values` with relative data folders and start file, and a relative path of a base that exists, taken from `root`: a run's
+    config.json must mean the same wherever it is resumed."""
     out = dict(values)
     if isinstance(values.get("data"), list):
         known = [isinstance(e, dict) and isinstance(e.get("folder"), str) for e in values["data"]]
         pairs = zip(values["data"], known, strict=True)
         out["data"] = [e | {"folder": str(root / Path(e["folder"]).expanduser())} if ok else e for e, ok in pairs]
+    adapter = values.get("adapter")
+    if isinstance(adapter, dict) and isinstance(start := adapter.get("start"), str) and start.strip():
+        out["adapter"] = adapter | {"start": str(root / Path(start).expanduser())}
     model = values.get("model")
     if isinstance(model, dict) and isinstance(source := model.get("source"), str) and source not in ("", "demo"):
         local = root / Path(source).expanduser()

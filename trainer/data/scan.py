@@ -24,10 +24,10 @@ from trainer.data.captions import with_trigger
 from trainer.data.images import DAMAGED, FORMATS, PIXEL_LIMIT, SIDEWAYS, turn
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", *((".avif",) if "AVIF" in FORMATS else ()))
-_KNOWN = ".avif .gif .tif .tiff .heic .heif .jfif .jp2 .jxl .psd .tga .svg .dng .cr2 .cr3 .nef .arw"
-OTHER_SUFFIXES = frozenset(_KNOWN.split()) - {*SUFFIXES}  # images that are named in a warning, not read
+_OTHER = ".avif .gif .tif .tiff .heic .heif .jfif .jp2 .jxl .psd .tga .svg .dng .cr2 .cr3 .nef .arw"
+OTHER_SUFFIXES = frozenset(_OTHER.split()) - {*SUFFIXES}  # images that are named in a warning, not read
 LEAST_SIDE = 16
-_MASK = "-masklabel.png"
+MASK = "-masklabel.png"
 
 
 class DataError(ValueError):
@@ -71,7 +71,7 @@ def scan(data: Sequence[DataConfig], *, kind: str | None = None) -> Scan:
             found += [(source, *each) for each in captioned]
     images = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        inspected = pool.map(_inspect, [path for _, path, _, _ in found])
+        inspected = pool.map(inspect, [path for _, path, _, _ in found])
         for (source, path, caption, has_caption), result in zip(found, inspected, strict=True):
             if isinstance(result, str):
                 problems.append(f"{path} {result}")
@@ -82,14 +82,28 @@ def scan(data: Sequence[DataConfig], *, kind: str | None = None) -> Scan:
     return Scan(tuple(images), tuple(warnings))
 
 
+def listing(folder: Path, field: str = "folder") -> list[tuple[Path, Path | None, str]]:
+    """(image, its caption file or None, the text in it) of every image of a folder and of those inside it; no image is opened.
+
+    Raises DataError for a folder that cannot be listed or has no image.
+    """
+    problems: list[str] = []
+    files = list_files(folder, field, problems) or []
+    paths = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.lower().endswith(MASK)]
+    if not paths:
+        raise DataError(problems or [f"{field} is {folder}, which has no image ({' '.join(SUFFIXES)}) in it or in the folders inside it."])
+    sidecars = sidecars_of(paths, files)
+    return [(p, s, decode(s.read_bytes())[0]) if (s := sidecars.get(p)) else (p, None, "") for p in paths]
+
+
 def _read_folder(entry: DataConfig, field: str, problems: list[str], warnings: list[str]) -> list[tuple[Path, str, bool]]:
     """(path, caption, has_caption) of each image of a folder; what is wrong or odd is added to the lists."""
     folder = entry.folder.expanduser()
-    files = _list_files(folder, field, problems)
+    files = list_files(folder, field, problems)
     if files is None:
         return []
     where = f"{field} ({folder})"
-    paths = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.lower().endswith(_MASK)]
+    paths = [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.lower().endswith(MASK)]
     other = [f for f in files if f.suffix.lower() in OTHER_SUFFIXES]
     convert = f"{len(other)} files are of a kind that is not read: {_names(other, folder)}. Convert them to .png or .jpg." if other else ""
     if paths and other:
@@ -98,7 +112,7 @@ def _read_folder(entry: DataConfig, field: str, problems: list[str], warnings: l
         looked = f"{where} has no image ({' '.join(SUFFIXES)}) in it or in the folders inside it."
         problems.append(f"{looked} {convert or 'Put some there or name another folder.'}")
 
-    sidecars = _sidecars(paths, files)
+    sidecars = sidecars_of(paths, files)
     sharing: dict[Path, list[Path]] = defaultdict(list)
     for path, sidecar in sidecars.items():
         sharing[sidecar].append(path)
@@ -111,7 +125,7 @@ def _read_folder(entry: DataConfig, field: str, problems: list[str], warnings: l
                 f"{where}: {_names(images, folder)} share the caption in {sidecar.name}. If that is wrong, give each its own: {own}."
             )
         try:
-            texts[sidecar], utf8 = _decode(sidecar.read_bytes())
+            texts[sidecar], utf8 = decode(sidecar.read_bytes())
         except OSError as error:
             problems.append(f"{sidecar} cannot be read ({error.strerror}); make the file readable for you.")
             continue
@@ -136,8 +150,11 @@ def _read_folder(entry: DataConfig, field: str, problems: list[str], warnings: l
     return captioned
 
 
-def _list_files(folder: Path, field: str, problems: list[str]) -> list[Path] | None:
-    """Every file that isn't hidden, sorted; None if the folder itself cannot be listed. Linked folders are followed."""
+def list_files(folder: Path, field: str, problems: list[str], limit: int | None = None) -> list[Path] | None:
+    """Every file that isn't hidden, sorted; None if the folder itself cannot be listed. Linked folders are followed.
+
+    `field` names the folder in the sentences added to `problems`. With `limit`, it looks no further once it has found more files.
+    """
 
     def failed(error: OSError) -> None:
         if Path(error.filename) != folder:
@@ -162,10 +179,12 @@ def _list_files(folder: Path, field: str, problems: list[str]) -> list[Path] | N
         if real not in visited:
             files += [Path(root, name) for name in names if not name.startswith(".")]
         visited.add(real)
+        if limit is not None and len(files) > limit:
+            break
     return sorted(files, key=lambda path: path.parts) if visited else None
 
 
-def _sidecars(paths: Sequence[Path], files: Sequence[Path]) -> dict[Path, Path]:
+def sidecars_of(paths: Sequence[Path], files: Sequence[Path]) -> dict[Path, Path]:
     """The caption file of each image that has one. Letters' case in endings and composed accents (macOS) don't matter."""
 
     def key(path: Path, name: str) -> tuple[Path, str]:
@@ -181,7 +200,7 @@ def _sidecars(paths: Sequence[Path], files: Sequence[Path]) -> dict[Path, Path]:
     return found
 
 
-def _decode(raw: bytes) -> tuple[str, bool]:
+def decode(raw: bytes) -> tuple[str, bool]:
     """A caption's bytes as text on one line with single spaces, and whether they were UTF-8."""
     try:
         text, utf8 = raw.decode("utf-8-sig"), True
@@ -191,8 +210,30 @@ def _decode(raw: bytes) -> tuple[str, bool]:
     return " ".join(text.split()), utf8
 
 
-def _inspect(path: Path) -> tuple[str, int, int] | str:
-    """SHA-256, upright width and height of an image that decodes; else the rest of a sentence that begins with its path."""
+def inspect(path: Path) -> tuple[str, int, int] | str:
+    """SHA-256, upright width and height of an image that decodes; else the rest of a sentence that begins with its path.
+
+    A good file is not read again in this process while it stays the same by inode (path where there is none), size and time, also
+    under another name: the app lays out a plan at each change of a setting.
+    """
+    try:
+        now = path.stat()
+    except (OSError, ValueError):
+        return _read(path)
+    seen = ((now.st_dev, now.st_ino) if now.st_ino else str(path), now.st_size, now.st_mtime_ns)
+    found = _good.get(seen) or _read(path)
+    if not isinstance(found, str):
+        if len(_good) >= _GOOD_LIMIT:
+            _good.clear()
+        _good[seen] = found
+    return found
+
+
+_GOOD_LIMIT = 20_000
+_good: dict[tuple[str | tuple[int, int], int, int], tuple[str, int, int]] = {}
+
+
+def _read(path: Path) -> tuple[str, int, int] | str:
     try:
         if not path.is_file():
             return "is no file (a link to nothing?); remove it, or put the image there."

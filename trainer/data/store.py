@@ -76,6 +76,7 @@ class Store:
             stack = stacks.setdefault(plan.bucket(k), [])
             place_of[k, flip] = len(stack)
             stack.append(moments)
+        self.place_of = place_of
         self.latents = {size: tuple(torch.stack(x) for x in zip(*rows, strict=True)) for size, rows in stacks.items()}
         self.tokens, self.cond = None, None
         hidden = getattr(getattr(models.parts["text_1"], "config", None), "hidden_size", 768)
@@ -84,12 +85,30 @@ class Store:
             self.tokens = tokens.to(models.device)
         else:
             self.cond = encode_captions(family, models, plan.captions)
-        weights = [config.data[i.source].weight for i in plan.images]
+        self.family, self.models, self.known = family, models, len(plan.captions)
+        self.image_weights = [config.data[i.source].weight for i in plan.images]
+        self._lay(plan)
+
+    def _lay(self, plan: Plan) -> None:
+        weights, device = self.image_weights, self.models.device
         self.sizes = [plan.bucket(rows[0].image) for rows in plan.steps]
         self.total_weight = [sum(weights[r.image] for r in rows) for rows in plan.steps]
-        table = [[(place_of[r.image, r.flip], r.caption, weights[r.image]) for r in rows] for rows in plan.steps]
-        self.index = [torch.tensor([[a, b] for a, b, _ in rows], device=models.device) for rows in table]
-        self.weights = [torch.tensor([w for _, _, w in rows], device=models.device) for rows in table]
+        table = [[(self.place_of[r.image, r.flip], r.caption, weights[r.image]) for r in rows] for rows in plan.steps]
+        self.index = [torch.tensor([[a, b] for a, b, _ in rows], device=device) for rows in table]
+        self.weights = [torch.tensor([w for _, _, w in rows], device=device) for rows in table]
+
+    def extend(self, plan: Plan) -> None:
+        """Serve the steps of `plan`, which goes on from the one so far (trainer.plan.relaid): its new captions are added.
+
+        They are encoded by themselves, so that a resumed run, which extends in the same order, has the same states to the last bit.
+        """
+        new = plan.captions[self.known :]
+        if new and self.cond is not None:
+            self.cond = Cond(torch.cat([self.cond.hidden, encode_captions(self.family, self.models, new).hidden]))
+        elif new:
+            self.tokens = torch.cat([self.tokens, self.family.tokenize(self.models, new).to(self.models.device)])
+        self.known = len(plan.captions)
+        self._lay(plan)
 
     def batch(self, n: int) -> Batch:
         """The rows of step `n`, all of them: every process draws for the whole batch and takes its part."""

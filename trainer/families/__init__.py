@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +96,7 @@ class Family(Protocol):
         steps: int,
         guidance: float,
         size: tuple[int, int],
+        tick: Callable[[], None] | None = None,
     ) -> list[Image.Image]: ...
 
 

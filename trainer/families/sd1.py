@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from trainer.families import Cond, Models
+from trainer.formats.probe import native_resolution
 
 UNET_TARGETS = {
     "attention": r"attentions\.\d+\..*\.(to_q|to_k|to_v|to_out\.0)",
@@ -42,12 +44,7 @@ class SD1:
 
     def native_resolution(self, source: Path) -> int:
         """Side in pixels of the square that the base was made for, read from the UNet's configuration; 512 for single files."""
-        config = source / "unet" / "config.json"
-        if not config.is_file():
-            return 512
-        vae = json.loads((source / "vae" / "config.json").read_text(encoding="utf-8"))
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        return int(json.loads(config.read_text(encoding="utf-8"))["sample_size"]) * factor
+        return native_resolution(source)
 
     def load(self, source: Path, dtype: torch.dtype, device: torch.device, prediction: str, attention: str) -> Models:
         """Load a diffusers folder or a single `.safetensors` file, frozen, the UNet and text encoder cast to `dtype`.
@@ -154,8 +151,12 @@ class SD1:
         steps: int,
         guidance: float,
         size: tuple[int, int],
+        tick: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
-        """Pictures of `size` (width, height) by DPM-Solver++ (Karras sigmas), one for each prompt, each from its own seed on the CPU."""
+        """Pictures of `size` (width, height) by DPM-Solver++ (Karras sigmas), one for each prompt, each from its own seed on the CPU.
+
+        `tick` is called after each denoising step; what it raises ends the sampling.
+        """
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
         pipe = StableDiffusionPipeline(
@@ -169,6 +170,12 @@ class SD1:
             requires_safety_checker=False,
         )
         pipe.set_progress_bar_config(disable=True)
+
+        def after(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            if tick:
+                tick()
+            return kept
+
         vae_dtype = models.vae.dtype
         batch = max(1, PREVIEW_PIXELS // (size[0] * size[1]))
         images: list[Image.Image] = []
@@ -183,6 +190,7 @@ class SD1:
                     width=size[0],
                     height=size[1],
                     output_type="latent",
+                    callback_on_step_end=after,
                 ).images
                 pixels = models.vae.decode(latents.to(vae_dtype) / models.vae.config.scaling_factor, return_dict=False)[0]
                 images += pipe.image_processor.postprocess(pixels.float(), output_type="pil")

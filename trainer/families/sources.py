@@ -104,25 +104,42 @@ def _no_weights(part: str, names: Iterable[str]) -> str:
 
 
 def _download(repo: str, say: Callable[[str], None]) -> Path:
+    return fetch(repo, say, field="model.source", anchor="model_index.json", wanted=_wanted, complete=_is_complete)
+
+
+def fetch(
+    repo: str,
+    say: Callable[[str], None],
+    *,
+    field: str,
+    anchor: str,
+    wanted: Callable[[str, list[Any]], list[Any]],
+    complete: Callable[[Path], bool],
+) -> Path:
     """Fetch a model of the hub into its cache, with the hub's progress bars; files already there are not fetched again.
 
     Where the hub cannot be reached, the copy in the cache serves.
+
+    Args:
+        field: the setting that names the model, for the sentences; anchor: a file in the model's top folder.
+        wanted: (repo, the hub's file entries) -> the entries to fetch; raises SourceError for a repository that cannot be loaded.
+        complete: whether a folder holds all that the loaders open.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    nothing = f"model.source is {repo!r}: there is no such folder here"
+    nothing = f"{field} is {repo!r}: there is no such folder here"
     try:
         info = HfApi().model_info(repo, files_metadata=True)
-        wanted = _wanted(repo, info.siblings or [])
-        missing = [f for f in wanted if not _cached(repo, f.rfilename, info.sha)]
+        files = wanted(repo, info.siblings or [])
+        missing = [f for f in files if not _cached(repo, f.rfilename, info.sha)]
         if missing:
             licence = (info.card_data.get("license") if info.card_data else None) or "none stated"
             size = sum(f.size or 0 for f in missing)
             text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(1, round(size / 1e6))} MB"
             say(f"Downloading {repo} from huggingface.co: about {text}, licence: {licence}.")
-            return Path(snapshot_download(repo, allow_patterns=[f.rfilename for f in wanted]))
-        return _cached(repo, "model_index.json", info.sha).parent
+            return Path(snapshot_download(repo, allow_patterns=[f.rfilename for f in files]))
+        return _cached(repo, anchor, info.sha).parent
     except GatedRepoError:
         raise SourceError(f"{repo} asks you to accept its terms: open huggingface.co/{repo}, accept, then run `hf auth login`.") from None
     except (RepositoryNotFoundError, HFValidationError):
@@ -134,7 +151,7 @@ def _download(repo: str, say: Callable[[str], None]) -> Path:
             ) from None
         offline = isinstance(error, OfflineModeIsEnabled)
         why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({type(error).__name__})"
-        if (index := _cached(repo, "model_index.json", None)) and _is_complete(index.parent):
+        if (index := _cached(repo, anchor, None)) and complete(index.parent):
             say(f"Using the copy of {repo} on this machine, since {why}.")
             return index.parent
         remedy = "Unset it" if offline else "Check the network"

@@ -51,6 +51,21 @@ def identify(path: Path) -> Kind:
     return identify_header(tensors, metadata)
 
 
+def native_resolution(source: Path, otherwise: int = 512) -> int:
+    """Side in pixels of the square that a base was made for, from its UNet's and VAE's configuration; `otherwise` for single files.
+
+    Raises FormatError for a configuration that cannot be read.
+    """
+    config = source / "unet" / "config.json"
+    if not config.is_file():
+        return otherwise
+    try:
+        factor = 2 ** (len(_read_json(source / "vae" / "config.json")["block_out_channels"]) - 1)
+        return int(_read_json(config)["sample_size"]) * factor
+    except (KeyError, TypeError, ValueError):
+        raise FormatError(f"{source} does not say what size of picture it was made for. Download or copy it again.") from None
+
+
 def identify_header(tensors: Header, metadata: Mapping[str, str]) -> Kind:
     """What a file with these tensors, {key: (dtype, shape)}, is."""
     keys = list(tensors)

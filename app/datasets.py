@@ -1,0 +1,617 @@
+"""Data sets: the images and captions of a training, each in a folder of its own in the data folder.
+
+    images/        every active image, and its caption in a .txt beside it: what the trainer reads
+    removed/       images that were removed, with their captions; nothing is ever deleted
+    backup/        what `write_back` wrote over
+    incoming/      an upload under way
+    dataset.json   {"name", "created", "files": {image name: {"from", "origin"}}, "waiting": {name: caption without an image yet},
+                   "caption_job": {"folder", "style"} or null}
+    history.json   what `undo` takes back, oldest first: {"label", "active": {image: whether it was}, "captions": {image: text or null}}
+
+Images are never changed: a folder of this machine is used in place, by hard links where the file system allows it, else copies.
+The folders are the truth, so a file that somebody else changes (a captioner) shows at the next look. Any number of threads may
+work on a data set at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import re
+import secrets
+import shutil
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from app import caption_texts, intake, pictures
+from app.errors import Problem
+from app.paths import ROOT, Home
+from trainer import events
+from trainer.data.buckets import Placement, place
+from trainer.data.scan import MASK, OTHER_SUFFIXES, SUFFIXES, decode, inspect, list_files, sidecars_of
+from trainer.run_dir import replace, write_atomic
+
+UNDO = 200  # changes that can be taken back
+ACTIONS = ("trigger_first", "replace", "prepend", "append", "remove_tag", "clear")
+
+_locks: dict[Path, threading.RLock] = {}
+_locks_guard = threading.Lock()
+
+
+def create(home: Home, name: str = "") -> Dataset:
+    """A new, empty data set."""
+    id = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    data = Dataset(home, id)
+    data.images.mkdir(parents=True)
+    data.removed.mkdir()
+    data._save({"name": name, "created": time.time(), "files": {}, "waiting": {}, "caption_job": None})
+    return data
+
+
+def open(home: Home, id: str) -> Dataset:
+    """An existing data set. Raises Problem (404) where there is none."""
+    data = Dataset(home, id)
+    if not re.fullmatch(r"[\w-]+", id) or not data.images.is_dir():
+        raise Problem(f"There is no data set {id!r}. Reload the page; if it stays, start a new training.", 404)
+    return data
+
+
+class Dataset:
+    """One data set. Nothing is held in memory: any number of objects of the same data set work side by side."""
+
+    def __init__(self, home: Home, id: str) -> None:
+        self.home, self.id, self.root = home, id, home.datasets / id
+        self.images, self.removed, self.backup = self.root / "images", self.root / "removed", self.root / "backup"
+        with _locks_guard:
+            self.lock = _locks.setdefault(self.root, threading.RLock())
+
+    # ---- files of its own
+
+    def read(self) -> dict[str, Any]:
+        """What dataset.json says; it is made again, without the origins, where it is missing or damaged."""
+        blank = {"name": "", "created": 0.0, "files": {}, "waiting": {}, "caption_job": None}
+        try:
+            return blank | json.loads((self.root / "dataset.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return blank
+
+    def _save(self, facts: dict[str, Any]) -> None:
+        write_atomic(self.root / "dataset.json", json.dumps(facts, indent=1), "the data set")
+
+    def _history(self) -> list[dict[str, Any]]:
+        try:
+            return json.loads((self.root / "history.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return []
+
+    def _save_history(self, history: list[dict[str, Any]]) -> None:
+        write_atomic(self.root / "history.json", json.dumps(history[-UNDO:]), "the history of changes")
+
+    def _remember(self, label: str, *, active: dict[str, bool] | None = None, captions: dict[str, str | None] | None = None) -> None:
+        self._save_history([*self._history(), {"label": label, "active": active or {}, "captions": captions or {}}])
+
+    # ---- what is there
+
+    def _names(self, folder: Path) -> list[str]:
+        if not folder.is_dir():
+            return []
+        return sorted(f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+
+    def _texts(self, folder: Path) -> dict[str, tuple[Path, str]]:
+        """(caption file, its text) of each image in a folder that has one: the file that the trainer would read."""
+        found = sidecars_of([folder / n for n in self._names(folder)], list(folder.iterdir()) if folder.is_dir() else [])
+        texts = {}
+        for image, sidecar in found.items():
+            try:
+                texts[image.name] = (sidecar, decode(sidecar.read_bytes())[0])
+            except FileNotFoundError:  # moved meanwhile by a captioner's atomic write
+                continue
+        return texts
+
+    def image_id(self, name: str) -> str:
+        """The id of an image: the same as long as it is called so, and another in every data set, so that an old tab cannot hit a new one."""
+        return hashlib.sha256(f"{self.id}/{name}".encode()).hexdigest()[:12]
+
+    def find(self, id: str) -> Path:
+        """The file of an image, active or removed. Raises Problem (404) for an unknown id."""
+        for folder in (self.images, self.removed):
+            for name in self._names(folder):
+                if self.image_id(name) == id:
+                    return folder / name
+        raise Problem(f"There is no image {id[:40]!r} in this data set. Reload the page.", 404)
+
+    def _chosen(self, ids: Sequence[str] | None) -> list[str]:
+        """The names of the active images with these ids; None means all. Raises Problem for an unknown id."""
+        names = {self.image_id(n): n for n in self._names(self.images)}
+        if ids is None:
+            return list(names.values())
+        if unknown := [i for i in ids if i not in names]:
+            raise Problem(f"There is no image {unknown[0][:40]!r} in this data set. Reload the page.", 404)
+        return [names[i] for i in dict.fromkeys(ids)]
+
+    def count(self) -> int:
+        """Number of active images."""
+        return len(self._names(self.images))
+
+    def missing(self) -> int:
+        """Number of active images without a caption."""
+        texts = self._texts(self.images)
+        return sum(not texts.get(name, (None, ""))[1] for name in self._names(self.images))
+
+    def items(
+        self,
+        resolution: int = 512,
+        bucket_step: int | None = None,
+        max_aspect: float = 3.0,
+        batch_size: int = 1,
+        max_upscale: float = 1.5,
+    ) -> list[dict[str, Any]]:
+        """Every image as the IMAGE of assets/help/api.md, active ones first, placed as the trainer would with these settings.
+
+        A picture that was not seen before is decoded (in threads), the others cost nothing.
+        """
+        with self.lock:
+            facts = self.read()
+            rows = []
+            for folder in (self.images, self.removed):
+                texts = self._texts(folder)
+                rows += [(folder / name, texts.get(name, (None, ""))[1]) for name in self._names(folder)]
+        with ThreadPoolExecutor(4) as pool:
+            facts_of = list(pool.map(inspect, [path for path, _ in rows]))
+        good = {path: found for (path, _), found in zip(rows, facts_of, strict=True) if not isinstance(found, str)}
+        looks = dict(zip(good, pictures.look_all([(p, found[0]) for p, found in good.items()], self.home.cache), strict=True))
+        active = [path for path in good if path.parent == self.images]
+        placed = self._place([good[p][1:] for p in active], resolution, bucket_step, max_aspect, batch_size)
+        placements = dict(zip(active, placed, strict=True))
+        twins = _twins([(p, looks[p]) for p in active])
+        images = []
+        for (path, text), found in zip(rows, facts_of, strict=True):
+            id, name = self.image_id(path.name), path.name
+            image = {"id": id, "name": name, "width": 0, "height": 0, "caption": text, "has_caption": bool(text)}
+            image |= {"removed": path.parent == self.removed, "crop": None, "bucket": None, "upscale": 1.0}
+            image |= {"linked": bool(facts["files"].get(name, {}).get("origin")), "badges": [], "tokens": caption_texts.tokens(text)}
+            image |= {"thumb": f"/api/images/{id}/thumb", "full": f"/api/images/{id}/full"}
+            if isinstance(found, str):
+                image["badges"] = [{"kind": "odd", "text": f"{name} {found}"}]
+            else:
+                digest, width, height = found
+                image |= {"width": width, "height": height}
+                for kind in ("thumb", "full"):  # the content in the address: a browser may keep the picture for ever
+                    image[kind] += f"?v={digest[:16]}"
+                spot = placements.get(path)
+                if spot:
+                    left, top, right, bottom = spot.box
+                    crop = left / width, top / height, (right - left) / width, (bottom - top) / height
+                    image |= {"crop": [round(c, 5) for c in crop], "bucket": [spot.width, spot.height], "upscale": round(spot.scale, 3)}
+                if not image["removed"]:
+                    image["badges"] = pictures.badges((width, height), looks[path], spot, twins.get(path), max_aspect, max_upscale)
+            images.append(image)
+        return images
+
+    @staticmethod
+    def _place(
+        sizes: list[tuple[int, int]], resolution: int, step: int | None, max_aspect: float, batch_size: int
+    ) -> list[Placement] | list[None]:
+        try:
+            step = step or (64 if resolution >= 256 else 8)
+            return place(sizes, resolution=resolution, step=step, max_aspect=max_aspect, batch_size=batch_size)
+        except ValueError:  # a step above the resolution: the form says so at its field
+            return [None] * len(sizes)
+
+    def tags(self) -> list[list[Any]]:
+        """[part, number of captions with it] of the comma-separated parts of the active images' captions, the most frequent first.
+
+        Whole sentences are left out.
+        """
+        counts: Counter[str] = Counter()
+        spelled: dict[str, str] = {}
+        for _, text in self._texts(self.images).values():
+            own = {part.casefold(): part for part in caption_texts.parts_of(text) if len(part.split()) <= 4}
+            counts.update(own.keys())
+            for key, part in own.items():
+                spelled.setdefault(key, part)
+        return [[spelled[key], n] for key, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[:300]]
+
+    def caption_of(self, id: str) -> str:
+        path = self.find(id)
+        return self._texts(path.parent).get(path.name, (None, ""))[1]
+
+    # ---- captions
+
+    def set_caption(self, id: str, text: str) -> None:
+        """Write an image's caption, at once. Raises Problem for an unknown id or a text that is too long."""
+        with self.lock:
+            path = self.find(id)
+            self._change_captions(f"Edit the caption of {path.name}", {path.name: caption_texts.clean(text)})
+
+    def edit_captions(self, action: str, *, find: str = "", text: str = "", ids: Sequence[str] | None = None, trigger: str = "") -> int:
+        """Change the captions of some active images, or of all (`ids` None); returns how many changed.
+
+        trigger_first: `trigger` comes first in each caption that is not empty; a part that is the trigger moves there.
+        replace: `find` (as it is written) becomes `text`. prepend, append: `text` before or behind, also in empty ones.
+        remove_tag: the comma-separated parts that are `find`, in upper or lower case, go. clear: the caption goes.
+
+        Raises Problem for an action that does not exist or lacks what it needs.
+        """
+        if action not in ACTIONS:
+            raise Problem(f"action is {action!r}; it must be one of {', '.join(ACTIONS)}.")
+        find, text = (find, text) if action == "replace" else (find.strip(), text.strip() if action not in ("prepend", "append") else text)
+        needs = {"trigger_first": trigger.strip(), "replace": find, "remove_tag": find, "prepend": text.strip(), "append": text.strip()}
+        if action in needs and not needs[action]:
+            field = {"trigger_first": "trigger", "replace": "find", "remove_tag": "find"}.get(action, "text")
+            what = "There is no trigger word yet; type one first." if field == "trigger" else f"{field} is empty; say which text."
+            raise Problem(what, errors={field: what})
+        edit: dict[str, Callable[[str], str]] = {
+            "trigger_first": lambda old: caption_texts.trigger_first(old, " ".join(trigger.split())),
+            "replace": lambda old: caption_texts.replaced(old, find, text),
+            "prepend": lambda old: caption_texts.joined(text, old, behind=False),
+            "append": lambda old: caption_texts.joined(old, text, behind=True),
+            "remove_tag": lambda old: caption_texts.without(old, find),
+            "clear": lambda old: "",
+        }
+        with self.lock:
+            texts = self._texts(self.images)
+            old = {name: texts.get(name, (None, ""))[1] for name in self._chosen(ids)}
+            new = {name: caption_texts.clean(edit[action](was)) for name, was in old.items()}
+            changed = {name: text for name, text in new.items() if text != old[name]}
+            label = {
+                "trigger_first": "Put the trigger first in {}",
+                "replace": f"Replace “{_short(find)}” in {{}}",
+                "prepend": "Put text before {}",
+                "append": "Put text behind {}",
+                "remove_tag": f"Remove the tag “{_short(find)}” from {{}}",
+                "clear": "Clear {}",
+            }[action]
+            self._change_captions(label.replace("{}", _count(len(changed), "caption")), changed)
+            return len(changed)
+
+    def checkpoint(self, label: str) -> None:
+        """Remember all captions of the active images, to be called before something else (a captioner) writes them: undo restores them."""
+        with self.lock:
+            texts = self._texts(self.images)
+            self._remember(label, captions={n: texts[n][1] if n in texts else None for n in self._names(self.images)})
+
+    def _change_captions(self, label: str, new: dict[str, str]) -> None:
+        old = {**self._texts(self.removed), **self._texts(self.images)}
+        new = {name: text for name, text in new.items() if text != (old[name][1] if name in old else "")}
+        if new:
+            self._remember(label, captions={name: old[name][1] if name in old else None for name in new})
+            for name, text in new.items():
+                self._write_caption(name, text)
+
+    def _write_caption(self, name: str, text: str | None) -> None:
+        """Write an image's caption into the file that the trainer reads for it alone; None removes that file."""
+        folder = self.images if (self.images / name).exists() else self.removed
+        if not (folder / name).exists():
+            return
+        texts = self._texts(folder)
+        file = texts[name][0] if name in texts else None
+        shared = sum(other == file for other, _ in texts.values()) > 1
+        if text is None and file and not shared:
+            file.unlink()
+        elif text is not None or shared:
+            own = self._own_file(name) if file is None or shared else file.name
+            write_atomic(folder / own, f"{text}\n" if text else "", "a caption")
+
+    def _own_file(self, name: str) -> str:
+        """`a.txt` for `a.png`; `a.png.txt` where there is another `a.*` too."""
+        stem = intake.key(Path(name).stem)
+        alike = [n for n in self._names(self.images) + self._names(self.removed) if intake.key(Path(n).stem) == stem]
+        return f"{name}.txt" if len(alike) > 1 else f"{Path(name).stem}.txt"
+
+    # ---- images
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Take images out of the training; they and their captions stay in removed/."""
+        self._set_active(ids, False)
+
+    def restore(self, ids: Sequence[str]) -> None:
+        """Bring removed images back."""
+        self._set_active(ids, True)
+
+    def _set_active(self, ids: Sequence[str], active: bool) -> None:
+        with self.lock:
+            found = [self.find(id) for id in ids]
+            names = [p.name for p in found if (p.parent == self.images) != active]
+            if not names:
+                return
+            label = names[0] if len(names) == 1 else _count(len(names), "image")
+            self._remember(f"{'Restore' if active else 'Remove'} {label}", active=dict.fromkeys(names, not active))
+            for name in names:
+                self._move(name, active)
+
+    def _move(self, name: str, active: bool) -> None:
+        source, target = (self.removed, self.images) if active else (self.images, self.removed)
+        if not (source / name).exists():
+            return
+        texts = self._texts(source)
+        target.mkdir(exist_ok=True)
+        if name in texts:
+            file, text = texts[name]
+            write_atomic(target / self._own_file(name), f"{text}\n" if text else "", "a caption")
+        replace(source / name, target / name)
+        if name in texts and not any(other == file for n, (other, _) in texts.items() if n != name):
+            file.unlink(missing_ok=True)
+
+    # ---- undo
+
+    def undo_label(self) -> str:
+        """What `undo` would take back, "" where there is nothing."""
+        history = self._history()
+        return history[-1]["label"] if history else ""
+
+    def undo(self) -> str:
+        """Take the last change back; returns its label, "" where there is nothing to take back."""
+        with self.lock:
+            history = self._history()
+            if not history:
+                return ""
+            entry = history[-1]
+            for name, active in entry["active"].items():
+                self._move(name, active)
+            for name, text in entry["captions"].items():
+                self._write_caption(name, text)
+            self._save_history(history[:-1])
+            return entry["label"]
+
+    # ---- coming in
+
+    def add_files(self, files: Iterable[tuple[str, BinaryIO | Path]]) -> tuple[int, list[str]]:
+        """Take images, captions and zips; returns (number of images added, a sentence for each file that was not taken).
+
+        Args:
+            files: (name, which may carry folders, an open binary file or a path). They are copied.
+
+        Raises Problem: 413 above 2 GB in all, or where files above 64 MB are all there is; 409 where the disk is too small.
+        """
+        files = list(files)
+        if len(files) > intake.MEMBERS:
+            raise Problem(f"These are {len(files)} files; at most {intake.MEMBERS} can be added at once. Add fewer.", 413)
+        sizes = [intake.size_of(file) for _, file in files]
+        if sum(sizes) > intake.TOTAL_LIMIT:
+            raise Problem(f"These files have {sum(sizes) / 1e9:.1f} GB; at most 2 GB can be added at once. Add them in parts.", 413)
+        if files and all(
+            size > intake.FILE_LIMIT and not name.lower().endswith(".zip") for (name, _), size in zip(files, sizes, strict=True)
+        ):
+            raise Problem(" ".join(intake.too_large(name, size) for (name, _), size in zip(files, sizes, strict=True)), 413)
+        with self._staging(sum(sizes)) as folder:
+            stage = intake.Stage(folder, [])
+            arrivals = []
+            for (name, file), size in zip(files, sizes, strict=True):
+                arrivals += intake.take(intake.to_label(name), file, size, stage)
+            return self._add(arrivals, stage.problems), stage.problems
+
+    def add_folder(self, text: str | Path, undoable: bool = True) -> tuple[int, list[str]]:
+        """Use the images of a folder of this machine in place, with the folders in it; their captions are copied.
+
+        Args:
+            text: the path, also as pasted: in quotes, as file://, with spaces around.
+            undoable: False where the data set was made for it, so that undoing it alone would make no sense.
+
+        Returns as `add_files`. Raises Problem for a folder that cannot be used.
+        """
+        folder = intake.pasted(text) if isinstance(text, str) else text
+        problems: list[str] = []
+        files = list_files(folder, "The folder", problems, limit=20 * intake.MEMBERS)
+        if files is None:
+            raise Problem(" ".join(problems), errors={"path": " ".join(problems)})
+        found = [f for f in files if f.suffix.lower() in intake.IMAGES and not f.name.lower().endswith(MASK)]
+        other = [f for f in files if f.suffix.lower() in OTHER_SUFFIXES - {*intake.RENAMED}]
+        if len(found) > intake.MEMBERS or len(files) > 20 * intake.MEMBERS:
+            said = f"{folder} holds more than {intake.MEMBERS if len(found) > intake.MEMBERS else 20 * intake.MEMBERS} files. Name the folder with the images alone."
+            raise Problem(said, errors={"path": said})
+        problems += [intake.wrong_kind(intake.to_label(f.relative_to(folder).as_posix())) for f in other]
+        if not found:
+            said = f"{folder} has no image ({' '.join(SUFFIXES)}) in it or in the folders inside it. {' '.join(problems[:5])}".strip()
+            raise Problem(said, errors={"path": said})
+        own = any(folder.resolve().is_relative_to(root) for root in (self.home.root, ROOT / "assets"))
+        sidecars = sidecars_of(found, files)
+        with self._staging(0) as stage:
+            arrivals = []
+            for path in found:
+                label = intake.to_label(path.relative_to(folder).as_posix())
+                staged = stage / f"{uuid.uuid4().hex}{intake.image_suffix(path)}"
+                try:
+                    intake.link(path.resolve(), staged)
+                    arrivals.append(intake.Arrival(label, staged, origin=None if own else path))
+                    if sidecar := sidecars.get(path):
+                        arrivals.append(intake.Arrival(f"{label}.txt", text=caption_texts.cut(decode(sidecar.read_bytes())[0])))
+                except OSError as error:
+                    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                        raise
+                    problems.append(f"{label} cannot be read ({error.strerror}); make it readable for you, then add the folder again.")
+            return self._add(arrivals, problems, undoable), problems
+
+    @contextmanager
+    def _staging(self, size: int) -> Iterator[Path]:
+        """A folder for files on their way in, on the same disk, of `size` bytes in all; gone afterwards."""
+        stage = self.root / "incoming" / uuid.uuid4().hex
+        free = shutil.disk_usage(self.root).free
+        if free < size + intake.SPARE:
+            raise intake.disk_full(free, size)
+        stage.mkdir(parents=True)
+        try:
+            yield stage
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise intake.disk_full(shutil.disk_usage(self.root).free, size) from None
+            raise
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+    def _add(self, arrivals: list[intake.Arrival], problems: list[str], undoable: bool = True) -> int:
+        staged = [a for a in arrivals if a.path]
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(inspect, [a.path for a in staged]))
+        good = []
+        for arrival, result in zip(staged, results, strict=True):
+            if isinstance(result, str):
+                problems.append(f"{arrival.label} {result}")
+            else:
+                good.append(intake.Arrival(arrival.label, arrival.path, digest=result[0], origin=arrival.origin))
+        with self.lock:
+            facts = self.read()
+            active, captions = {}, {}
+            before = {name: text for name, (_, text) in {**self._texts(self.removed), **self._texts(self.images)}.items()}
+            known = {n: inspect(f / n) for f in (self.images, self.removed) for n in self._names(f)}
+            fresh = []
+            for arrival in good:
+                twin = next(
+                    (n for n, found in known.items() if found[0] == arrival.digest and intake.same_name(facts, n, arrival.label)), None
+                )
+                if twin:
+                    if (self.removed / twin).exists():
+                        active[twin] = False
+                        self._move(twin, True)
+                    elif twin not in fresh:
+                        problems.append(f"{arrival.label} is in the data set already, as {twin}.")
+                    fresh.append(twin)
+                    continue
+                name = intake.free_name(PurePosixPath(arrival.label).name, known)
+                self._split_caption(name)
+                replace(arrival.path, self.images / name)
+                facts["files"][name] = {"from": arrival.label, "origin": str(arrival.origin) if arrival.origin else None}
+                known[name] = inspect(self.images / name)
+                active[name] = False
+                fresh.append(name)
+            waiting = [intake.Arrival(label, text=text) for label, text in facts["waiting"].items()]
+            facts["waiting"] = {}
+            texts = sorted([a for a in arrivals if not a.path], key=lambda a: intake.rank(a.label))
+            lost = []
+            for arrival in [*waiting, *texts]:
+                names, why = intake.match(arrival.label, facts, fresh, self._names(self.images))
+                for name in names:
+                    captions[name] = arrival.text
+                if not names:
+                    facts["waiting"][arrival.label] = arrival.text
+                    if why:
+                        problems.append(why)
+                    elif arrival in texts:
+                        lost.append(arrival.label)
+            if lost:
+                names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+                problems.append(f"No image has the name of {names}. The text is kept for an image of that name, added later.")
+            self._save(facts)
+            captions = {n: text for n, text in captions.items() if text != before.get(n, "")}
+            if undoable and (active or captions):
+                label = _count(len(active), "image") if active else _count(len(captions), "caption")
+                self._remember(
+                    f"Add {label}", active=active, captions={n: before.get(n) for n in captions if n in before or n not in active}
+                )
+            for name, text in captions.items():
+                self._write_caption(name, text)
+        return len(active)
+
+    def _split_caption(self, name: str) -> None:
+        """Before an image `a.jpg` joins an `a.png` whose caption is `a.txt`: that one becomes `a.png.txt`, so that it is not shared."""
+        stem = intake.key(Path(name).stem)
+        for folder in (self.images, self.removed):
+            for other, (file, _) in self._texts(folder).items():
+                if intake.key(Path(other).stem) == stem and file.name != f"{other}.txt":
+                    replace(file, folder / f"{other}.txt")
+
+    # ---- going out
+
+    def snapshot(self, target: Path) -> int:
+        """Put the active images (links where possible) and their captions (copies) into the folder `target`; returns how many images."""
+        target.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            texts = self._texts(self.images)
+            names = self._names(self.images)
+            for name in names:
+                intake.link(self.images / name, target / name)
+            for file, text in texts.values():
+                (target / file.name).write_text(f"{text}\n" if text else "", encoding="utf-8")
+        return len(names)
+
+    def write_back(self) -> dict[str, Any]:
+        """Write the captions of images that are used in place beside the originals; what stood there is copied to backup/ first.
+
+        Returns {"written": captions written, "unchanged", "problems": sentences, "backup": folder or ""}.
+        """
+        with self.lock:
+            facts, texts = self.read(), self._texts(self.images)
+            linked = {n: Path(o) for n in self._names(self.images) if (o := facts["files"].get(n, {}).get("origin"))}
+            if not linked:
+                raise Problem("No image here is used in place: the captions of copies stand in the data set's own folder.", 409)
+            into = self.backup / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+            written, unchanged, problems = 0, 0, []
+            for number, (name, origin) in enumerate(linked.items(), 1):
+                new = texts.get(name, (None, ""))[1]
+                try:
+                    if not origin.is_file():
+                        problems.append(f"{origin} is not there any more, so its caption was not written. Bring it back, then try again.")
+                        continue
+                    here = [f for f in origin.parent.iterdir() if not f.name.startswith(".")]
+                    images = [f for f in here if f.suffix.lower() in intake.IMAGES]
+                    own = sidecars_of(images, here)
+                    file = own.get(origin)
+                    if (decode(file.read_bytes())[0] if file else "") == new:
+                        unchanged += 1
+                        continue
+                    alike = [f for f in images if intake.key(f.stem) == intake.key(origin.stem)]
+                    if file:
+                        into.mkdir(parents=True, exist_ok=True)
+                        shutil.copy2(file, into / f"{number:04}-{file.name}")
+                        with (into / "index.txt").open("a", encoding="utf-8", errors="backslashreplace") as index:
+                            index.write(f"{number:04}-{file.name}\t{file}\n")
+                    if file is None or list(own.values()).count(file) > 1:
+                        file = origin.with_name(f"{origin.name}.txt") if len(alike) > 1 else origin.with_suffix(".txt")
+                    write_atomic(file, f"{new}\n" if new else "", "a caption")
+                    written += 1
+                except OSError as error:
+                    problems.append(
+                        f"The caption of {origin} could not be written ({error.strerror}). Make its folder writable, then try again."
+                    )
+        return {"written": written, "unchanged": unchanged, "problems": problems, "backup": str(into) if into.exists() else ""}
+
+    # ---- captioning
+
+    def set_caption_job(self, folder: Path, style: str) -> None:
+        with self.lock:
+            self._save(self.read() | {"caption_job": {"folder": str(folder), "style": style}})
+
+    def caption_job(self, runner: Any) -> dict[str, Any] | None:
+        """The last captioning as the draft view's `caption_job`, None where there was none. `runner` has `look(folder)`."""
+        job = self.read()["caption_job"]
+        if not job:
+            return None
+        folder = Path(job["folder"])
+        look = runner.look(folder)
+        state = "lost" if look.state in ("interrupted", "none") else look.state
+        view = {"id": folder.name, "style": job["style"], "state": state, "done": 0, "total": 0, "text": look.text}
+        for event in events.read(folder / "events.jsonl"):
+            if event["type"] == "started":
+                view |= {"done": 0, "total": event["total"]}
+            elif event["type"] in ("captioned", "finished"):
+                view |= {k: event[k] for k in ("done", "total") if k in event}
+            if event["type"] == "stage" and state in ("starting", "running"):
+                view["text"] = event.get("text", "")
+        return view
+
+
+def _twins(rows: list[tuple[Path, pictures.Look | None]]) -> dict[Path, str]:
+    """The name of a near duplicate of each picture that has one."""
+    found = {}
+    for (a, look_a), (b, look_b) in itertools.combinations([r for r in rows if r[1]], 2):
+        if pictures.same(look_a, look_b):
+            found.setdefault(a, b.name)
+            found.setdefault(b, a.name)
+    return found
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:23]}…"

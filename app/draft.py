@@ -1,0 +1,564 @@
+"""The one draft: what the next training will be. A JSON file in the data folder, written at each change.
+
+The draft holds only what the user said; everything else comes from the preset. `compose` makes of it the values that
+trainer.config validates, and `view` what the page shows. A value that is not allowed stays in `changes` and is named in the
+view's `errors`: what was typed is never lost.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+import tomllib
+import unicodedata
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from app import datasets, forms, models, settings
+from app.errors import Problem
+from app.paths import ROOT, Home
+from trainer.config import TrainConfig
+from trainer.config.load import ConfigError, merge, presets, read_preset, validate
+from trainer.data.scan import DataError, listing
+from trainer.run_dir import RunDir, write_atomic
+
+PURPOSES = ("character", "style", "object")
+FIELDS = ("purpose", "name", "class_word", "trigger", "model", "preset")  # what PATCH may set, beside `changes`
+EXAMPLE = ROOT / "assets" / "demo" / "data" / "zorp" / "train"
+WORDS = ROOT / "assets" / "models" / "sd1" / "tokenizer" / "vocab.json"
+OURS = ("model.source", "data", "output.name", "adapter.kind")  # made from the draft itself, never by `changes`
+_lock = threading.RLock()
+
+
+# ---- the file -----------------------------------------------------------------------------------------------------------
+
+
+def load(home: Home) -> dict[str, Any]:
+    """The draft; a fresh one where there is none. A damaged file is kept beside it as draft.damaged.json."""
+    with _lock:
+        try:
+            kept = json.loads(home.draft.read_text(encoding="utf-8"))
+            if not _is_draft(kept):
+                raise ValueError("not a draft")
+        except FileNotFoundError:
+            return _save(home, _fresh(home))
+        except ValueError:
+            home.draft.replace(home.draft.with_name("draft.damaged.json"))
+            return _save(home, _fresh(home))
+        if f"{forms.families()[0]}/{kept['preset']}" not in presets():
+            kept["preset"] = "balanced"
+        if not folder(home, kept).is_dir():  # somebody deleted it: what was typed stays
+            return _save(home, kept | {"dataset": datasets.create(home).id, "revision": kept["revision"] + 1})
+        return kept
+
+
+def _is_draft(kept: Any) -> bool:
+    blank = _blank("")
+    return isinstance(kept, dict) and kept.keys() == blank.keys() and all(type(kept[k]) is type(blank[k]) for k in blank)
+
+
+def _blank(dataset: str) -> dict[str, Any]:
+    return {
+        "dataset": dataset, "purpose": "character", "name": "", "class_word": "", "trigger": "", "trigger_follows": True,
+        "model": "", "preset": "balanced", "changes": {}, "example": False, "revision": 1,
+    }  # fmt: skip
+
+
+def _fresh(home: Home) -> dict[str, Any]:
+    return _blank(datasets.create(home).id)
+
+
+def _save(home: Home, draft: dict[str, Any]) -> dict[str, Any]:
+    write_atomic(home.draft, json.dumps(draft, indent=1, ensure_ascii=False) + "\n", "the draft")
+    return draft
+
+
+def _previous(home: Home) -> Path:
+    return home.draft.with_name("draft.previous.json")
+
+
+def folder(home: Home, draft: Mapping[str, Any]) -> Path:
+    """The folder of the images that the draft trains on."""
+    return home.datasets / draft["dataset"] / "images"
+
+
+def update(home: Home, **changes: Any) -> dict[str, Any]:
+    """Change what is named and save. `changes={field: value}` adds to what differs from the preset, None drops it, "" empties it.
+
+    `trigger=None` lets the trigger follow the name again. Raises Problem for a field that does not exist or a value of another kind.
+    """
+    with _lock:
+        draft = load(home)
+        new = {**draft, "changes": dict(draft["changes"]), "revision": draft["revision"] + 1}
+        errors = {
+            k: f"{k} is not a field of the draft. There are: {', '.join(FIELDS)}, changes."
+            for k in changes
+            if k not in (*FIELDS, "changes")
+        }
+        for key in FIELDS:
+            if key not in changes:
+                continue
+            value = changes[key]
+            if key == "trigger" and value is None:
+                new["trigger_follows"] = True
+            elif not isinstance(value, str) or len(value) > 4000:
+                errors[key] = f"{key} is {str(value)[:80]!r}; it must be a text of at most 4000 characters."
+            elif key == "purpose" and value not in PURPOSES:
+                errors[key] = f"purpose is {value!r}; it must be one of {', '.join(PURPOSES)}."
+            elif key == "preset" and value not in {n.partition("/")[2] for n in presets()}:
+                errors[key] = f"preset is {value!r}, which does not exist. There are: {', '.join(n.partition('/')[2] for n in presets())}."
+            elif key == "model":
+                new[key] = models.unquote(value)
+            elif key == "preset":
+                new[key] = value
+            else:
+                new[key] = " ".join(value.split()) if key != "purpose" else value
+                if key == "trigger" and value != draft["trigger"]:
+                    new["trigger_follows"] = False
+        own = changes.get("changes", {})
+        if not isinstance(own, dict):
+            errors["changes"] = f"changes is {str(own)[:80]!r}; it must be an object of dotted fields and values."
+            own = {}
+        for key, value in own.items():
+            if value is None:
+                new["changes"].pop(key, None)
+            elif why := _refused(key):
+                errors[key] = why
+            else:
+                new["changes"][key] = value
+        if errors:
+            raise Problem(" ".join(errors.values()), errors=errors)
+        if new["model"] != draft["model"] and draft["example"] and new["model"] != "demo":
+            new |= {"example": False, "preset": "balanced" if new["preset"] == "demo" else new["preset"]}
+        if new["trigger_follows"]:
+            new["trigger"] = make_trigger(new["name"], new["class_word"])
+        return _save(home, new)
+
+
+def _refused(key: str) -> str | None:
+    if any(key == o or key.startswith(f"{o}.") for o in OURS):
+        return f"{key} is not set here: {forms.hidden(key)}."
+    if key not in forms.leaves():
+        return f"{key} is not a known setting. GET /api/form lists them."
+    return None
+
+
+def new(home: Home) -> dict[str, Any]:
+    """An empty draft and data set. The one before is kept for `undo_new`."""
+    with _lock:
+        before = load(home)
+        write_atomic(_previous(home), json.dumps(before, ensure_ascii=False), "the draft before")
+        return _save(home, _fresh(home) | {"model": "" if before["example"] else before["model"], "revision": before["revision"] + 1})
+
+
+def can_undo_new(home: Home) -> bool:
+    """Whether there is a draft that `undo_new` would bring back."""
+    return _previous(home).exists()
+
+
+def _before(home: Home) -> dict[str, Any] | None:
+    """What `undo_new` would bring back, or None where there is none or its data set is gone."""
+    try:
+        before = json.loads(_previous(home).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return before if _is_draft(before) and folder(home, before).is_dir() else None
+
+
+def can_undo_new(home: Home) -> bool:
+    return _before(home) is not None
+
+
+def undo_new(home: Home) -> dict[str, Any] | None:
+    """Bring back the draft as it was before `new`, `example` or `from_run`; None where there is none."""
+    with _lock:
+        if (before := _before(home)) is None:
+            return None
+        revision = load(home)["revision"] + 1
+        _previous(home).unlink()
+        return _save(home, before | {"revision": revision})
+
+
+def example(home: Home) -> dict[str, Any]:
+    """The built-in example: zorp's pictures, the toy base, its preset."""
+    with _lock:
+        before = load(home)
+        data = datasets.create(home)
+        data.add_folder(EXAMPLE, undoable=False)
+        write_atomic(_previous(home), json.dumps(before, ensure_ascii=False), "the draft before")
+        return _save(
+            home,
+            _blank(data.id)
+            | {"name": "Zorp", "trigger": "zorp", "trigger_follows": False, "model": "demo", "preset": "demo", "example": True}
+            | {"revision": before["revision"] + 1},
+        )
+
+
+def from_run(home: Home, run: Path, start: bool = False) -> dict[str, Any]:
+    """The settings and images of a run's folder; with `start`, its last LoRA is what training goes on from. Raises Problem."""
+    paths = RunDir(run)
+    try:
+        values = json.loads(paths.config.read_text(encoding="utf-8"))
+        config = validate(values)
+    except (OSError, ValueError) as error:
+        raise Problem(f"The settings of {run.name} cannot be read: {error}", 404) from None
+    images = next(d.folder for d in config.data if d.kind == "train")
+    if not images.is_dir():
+        raise Problem(f"The images of {run.name} are not at {images} any more. Add them to a new training instead.", 409)
+    lora = paths.lora(config.output.name)
+    if start and not lora.is_file():
+        found = sorted(paths.root.glob(f"{config.output.name}-[0-9]*.safetensors"))
+        if not found:
+            raise Problem(f"{run.name} has no LoRA file yet, so nothing can start from it. Wait for its first save.", 409)
+        lora = found[-1]
+    with _lock:
+        before = load(home)
+        data = datasets.create(home)
+        taken = _take(values, _blank(data.id), nearest=True)
+        data.add_folder(images, undoable=False)
+        taken["example"] = taken["model"] == "demo"
+        taken["name"] = config.output.title or taken["name"]
+        if start:
+            taken["changes"]["adapter.start"] = str(lora)
+        else:
+            taken["changes"].pop("adapter.start", None)
+        write_atomic(_previous(home), json.dumps(before, ensure_ascii=False), "the draft before")
+        return _save(home, taken | {"revision": before["revision"] + 1})
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------------
+
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)$", re.I)  # names that Windows keeps for devices
+
+
+def slug(name: str) -> str:
+    """A file name made from a name: "My Cat" -> "my-cat". Letters of any script stay; never empty."""
+    text = re.sub(r"[^\w]+", "-", unicodedata.normalize("NFC", name).lower()).strip("-_")
+    while len(text.encode()) > 120:  # with a step's number and ending a file name must stay below 255 bytes
+        text = text[:-1]
+    text = text.strip("-_")
+    return f"lora-{text}" if _RESERVED.match(text) else text or "lora"
+
+
+@cache
+def _vocabulary() -> frozenset[str]:
+    """Every word that CLIP reads as one token."""
+    words = json.loads(WORDS.read_text(encoding="utf-8"))
+    return frozenset(w.removesuffix("</w>") for w in words if w.endswith("</w>"))
+
+
+def is_word(word: str) -> bool:
+    """Whether the text encoder reads it as one whole word, so that it means something already ("cat", and "sks" too)."""
+    return word.lower() in _vocabulary()
+
+
+def make_trigger(name: str, class_word: str = "") -> str:
+    """A word from a name that means nothing yet: letters only, lower case, sayable. "My Cat" -> "mycat"; "Anna" -> "annako"."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    stem = re.sub(r"[^a-z]", "", plain.lower())[:20]
+    if not stem:
+        if not name.strip():
+            return ""
+        number = sum(ord(c) * (k + 1) for k, c in enumerate(name))  # a name in another script: syllables drawn from it
+        stem = "".join("zvkrm"[number // 7**k % 5] + "oaiue"[number // 11**k % 5] for k in range(3))
+    if len(stem) > 2 and not is_word(stem) and stem != class_word.lower():
+        return stem
+    for ending in ("ko", "zu", "vi", "rax", "mo", "zor", "kelu"):
+        link = "" if stem[-1] in "aeiouy" or ending[0] in "aeiou" else "o"
+        if not is_word(made := stem + link + ending):
+            return made
+    return stem + "zokovu"
+
+
+def trigger_warning(draft: Mapping[str, Any], captions: list[str]) -> str:
+    """A sentence on a trigger word that is missing or means something already, or ""."""
+    trigger = draft["trigger"]
+    if not trigger:
+        if draft["purpose"] == "style" or not draft["name"]:
+            return ""
+        return "Without a trigger word, what you train mixes with everything of its kind. Give it a word of its own."
+    words = trigger.split()
+    if all(is_word(w) for w in words):
+        known = (
+            f"{trigger} already means something to the model"
+            if len(words) == 1
+            else f"all words of {trigger} already mean something to the model"
+        )
+        return f"{known[0].upper()}{known[1:]}, which would mix with what you train. A made-up word like {make_trigger(trigger)} is safer."
+    texts = [c for c in captions if c]
+    tagged = [c for c in texts if trigger.lower() in (t.strip().lower() for t in c.split(",")[1:])]
+    if tagged and len(tagged) < len(texts):
+        return (
+            f"{trigger} is a tag in {len(tagged)} of {len(texts)} captions, as if it were one trait among others. "
+            "Take another word, or put it first in every caption."
+        )
+    return ""
+
+
+# ---- the configuration ----------------------------------------------------------------------------------------------------
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a.b": 1} as {"a": {"b": 1}}."""
+    out: dict[str, Any] = {}
+    for key, value in flat.items():
+        node = out
+        *tables, last = key.split(".")
+        for table in tables:
+            node = node.setdefault(table, {})
+        node[last] = value
+    return out
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf; lists are values."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def family(home: Home, draft: Mapping[str, Any]) -> str:
+    """The family whose presets apply: the chosen model's, or the first that can be trained."""
+    model, _ = models.glance(home, draft["model"], draft["example"])
+    return model["family"] if model and model["family"] in forms.families() else forms.families()[0]
+
+
+def preset_name(home: Home, draft: Mapping[str, Any]) -> str:
+    name = f"{family(home, draft)}/{draft['preset']}"
+    return name if name in presets() else f"{forms.families()[0]}/{draft['preset']}"
+
+
+def compose(home: Home, draft: Mapping[str, Any], changed: bool = True) -> dict[str, Any]:
+    """The draft as nested values for trainer.config.load.validate; without `changed`, as the preset alone has them.
+
+    A change that the chosen kind of optimizer has no field for waits in the draft until that kind is chosen again.
+    """
+    own = {k: v for k, v in draft["changes"].items() if changed}
+    values = merge(read_preset(preset_name(home, draft)), nest(own))
+    flat = dict(flatten(values))
+    values = nest({k: v for k, v in flat.items() if forms.applies(k, forms.defaults() | flat)})
+    if settings.load(home).memory == "low":
+        batch = flat.get("train.batch_size", forms.defaults()["train.batch_size"])
+        saving = {"checkpointing": True, "accumulation": batch}
+        values["train"] = saving | {k: v for k, v in values.get("train", {}).items() if f"train.{k}" in own or k not in saving}
+    made = {
+        "model": {"source": models.absolute(draft["model"])},
+        "data": [{"folder": str(folder(home, draft)), "trigger": draft["trigger"], "class_word": draft["class_word"]}],
+        "output": {"name": slug(draft["name"])},
+    }
+    return merge(merge({"output": {"title": draft["name"]}}, values), made)
+
+
+def check(home: Home, draft: Mapping[str, Any]) -> tuple[TrainConfig | None, dict[str, str]]:
+    """(the configuration, errors by dotted field); None where there are errors."""
+    try:
+        return validate(compose(home, draft)), {}
+    except ConfigError as error:
+        return None, {_place(field, text): text for field, text in error.errors.items()}
+
+
+def _place(field: str, text: str) -> str:
+    """Where an error on several fields together is shown: the first of them that the sentence names."""
+    if field:
+        return field
+    named = next((k for k in forms.leaves() if k in text), None)
+    return named or ("optimizer.kind" if "Prodigy" in text else "")
+
+
+def values(home: Home, draft: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(effective values, the preset's) of every shown field; of a bad value what was typed."""
+    base = dict(flatten(validate(compose(home, draft, changed=False)).model_dump(mode="json")))
+    preset = {k: base.get(k, v) for k, v in forms.defaults().items()}
+    made = {k: v for k, v in flatten(compose(home, draft)) if k in preset}
+    own = {k: None if v == "" and forms.optional(k) else v for k, v in draft["changes"].items() if k in preset}
+    return preset | made | own, preset
+
+
+def captions(home: Home, draft: Mapping[str, Any]) -> list[str]:
+    """The caption of every image as it stands in its file, "" where there is none."""
+    try:
+        return [text for _, _, text in listing(folder(home, draft))]
+    except (DataError, OSError):  # no image yet; or a caption that is being written at this moment
+        return []
+
+
+# ---- what the page shows ----------------------------------------------------------------------------------------------------
+
+
+def view(home: Home, draft: dict[str, Any] | None = None, caption_job: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The draft view of assets/help/api.md."""
+    draft = draft or load(home)
+    texts = captions(home, draft)
+    model, model_error = models.glance(home, draft["model"], draft["example"])
+    effective, preset = values(home, draft)
+    return {
+        "draft": draft,
+        "slug": slug(draft["name"]),
+        "trigger_warning": trigger_warning(draft, texts),
+        "model": model,
+        "model_error": model_error,
+        "presets": preset_cards(family(home, draft), draft["example"]),
+        "values": effective,
+        "preset_values": preset,
+        "errors": check(home, draft)[1],
+        "images": len(texts),
+        "captioned": sum(bool(t) for t in texts),
+        "caption_job": caption_job,
+    }
+
+
+def preset_cards(family: str, example: bool) -> list[dict[str, Any]]:
+    """The presets of a family from quick to thorough; the toy's own stands alone, and is not offered to others."""
+    order = ["demo"] if example else ["quick", "balanced", "thorough"]
+    found = {n.partition("/")[2]: path for n, path in presets().items() if n.startswith(f"{family}/")}
+    others = [] if example else sorted(set(found) - {*order, "demo"})
+    cards = []
+    for name in [n for n in order if n in found] + others:
+        about = tomllib.loads(found[name].read_text(encoding="utf-8")).get("about", {})
+        config = validate(read_preset(f"{family}/{name}") | {"data": [{"folder": "."}]})
+        text = config.part.text_1
+        facts = {
+            "rank": config.adapter.rank,
+            "alpha": config.adapter.alpha,
+            "unet": config.part.unet.learning_rate if config.part.unet.train else None,
+            "text_1": text.learning_rate if text.train else None,
+            "visits": config.train.visits,
+        }
+        cards.append({"name": name, **{k: about.get(k, "") for k in ("title", "why", "source")}, "facts": facts})
+    return cards
+
+
+# ---- as text ------------------------------------------------------------------------------------------------------------------
+
+
+def to_toml(home: Home, draft: Mapping[str, Any]) -> str:
+    """The draft as a configuration file: what was chosen as settings, what the preset says as comments beside it."""
+    effective, preset = values(home, draft)
+    lines = [
+        "# What the next training will be. Lines that begin with # are the preset's own values: take the # away to change one.",
+        f"preset = {_toml(preset_name(home, draft))}",
+        "",
+        "[[data]]",
+        f"folder = {_toml(str(folder(home, draft)))}",
+        f"trigger = {_toml(draft['trigger'])}",
+        f"class_word = {_toml(draft['class_word'])}",
+    ]
+    fixed = {"model": {"source": draft["model"]}, "output": {"name": slug(draft["name"])}}
+    for section in dict.fromkeys(["model", *(s["name"] for s in forms.form()["sections"])]):
+        keys = [k for k in effective if k.rpartition(".")[0] == section and forms.applies(k, effective)]
+        lines += ["", f"[{section}]", *(f"{k} = {_toml(v)}" for k, v in fixed.get(section, {}).items())]
+        for key in keys:
+            value, said = effective[key], key in draft["changes"] or effective[key] != preset[key]
+            text = '""' if value is None else _toml(value)
+            lines.append(f"{'' if said else '# '}{key.rpartition('.')[2]} = {text}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def from_toml(home: Home, text: str) -> dict[str, Any]:
+    """Take a configuration text over. Raises Problem with the line or fields that are wrong; nothing is changed then."""
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Problem(f"This is not valid TOML: {error}.") from None
+    with _lock:
+        draft = load(home)
+        own = folder(home, draft)
+        named = [e.get("folder") for e in raw["data"] if isinstance(e, dict)] if isinstance(raw.get("data"), list) else []
+        if any(isinstance(f, str) and Path(f).expanduser() != own for f in named) or len(named) > 1:
+            raise Problem(
+                f"data.1.folder is {named[0]!r}; on this page it is {str(own)!r}, the images above. Add other images there.",
+                errors={"data.1.folder": f"The images of a training are added above; leave folder = {str(own)!r}."},
+            )
+        taken = _take(raw, draft)
+        return _save(home, taken | {"revision": draft["revision"] + 1})
+
+
+def take(home: Home, raw: dict[str, Any]) -> dict[str, Any]:
+    """Take the settings of a configuration of ours over, its folders left aside. Raises Problem; nothing is changed then."""
+    with _lock:
+        draft = load(home)
+        return _save(home, _take(raw, draft, nearest=True) | {"revision": draft["revision"] + 1})
+
+
+def adopt(home: Home, changes: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """Lay settings from elsewhere on the draft, also such as are not allowed here: the view's errors name them."""
+    with _lock:
+        draft = load(home)
+        new = {**draft, **fields, "revision": draft["revision"] + 1}
+        _, preset = values(home, draft)
+        new["changes"] = {k: v for k, v in {**draft["changes"], **changes}.items() if v != preset.get(k)}
+        if new["trigger_follows"]:
+            new["trigger"] = make_trigger(new["name"], new["class_word"])
+        return _save(home, new)
+
+
+def _take(raw: dict[str, Any], draft: Mapping[str, Any], nearest: bool = False) -> dict[str, Any]:
+    """The draft that a configuration says: its own fields, and what differs from its preset as changes.
+
+    Without a preset in it, what it does not name has the defaults of the configuration, not those of the draft's preset; with
+    `nearest`, the preset is then the one that leaves the fewest changes.
+    """
+    raw = dict(raw)
+    named = raw.pop("preset", None)
+    known = {n: n.partition("/")[2] for n in presets()}
+    if named is not None and named not in known:
+        raise Problem(f"preset is {named!r}, which does not exist. There are: {', '.join(known)}.", errors={"preset": "no such preset"})
+    base = read_preset(named) if named else {}
+    data = raw.get("data") or [{"folder": "."}]
+    try:
+        config = validate(merge(base, {**raw, "data": data}))
+    except ConfigError as error:
+        raise Problem(str(error), errors=error.errors) from None
+    entry = next(d for d in config.data if d.kind == "train")
+    family = config.model.family if config.model.family != "auto" else forms.families()[0]
+    flat = dict(flatten(config.model_dump(mode="json")))
+    if entry.visits:
+        flat["train.visits"] = entry.visits
+    toy = config.model.source == "demo" and "model" in raw
+    preset = known[named] if named else "demo" if toy and nearest else draft["preset"]
+
+    def changes(name: str) -> dict[str, Any]:
+        compared = validate(merge(read_preset(f"{family}/{name}"), {"data": data}))
+        reference = forms.defaults() | dict(flatten(compared.model_dump(mode="json")))
+        differs = {k: v for k, v in flat.items() if k in reference and not forms.hidden(k) and v != reference[k]}
+        return {k: "" if v is None else v for k, v in differs.items()}  # null would drop the change
+
+    new = dict(draft)
+    if nearest and not named and not toy:
+        preset = min(
+            (n.partition("/")[2] for n in presets() if n.startswith(f"{family}/") and not n.endswith("/demo")),
+            key=lambda n: len(changes(n)),
+        )
+    new["changes"] = changes(preset)
+    if new["changes"].get("output.title") == draft["name"]:
+        new["changes"].pop("output.title")
+    if "model" in raw and "source" in raw["model"]:
+        new["model"] = config.model.source
+    if "data" in raw:
+        new |= {"trigger": entry.trigger, "class_word": entry.class_word}
+        new["trigger_follows"] = draft["trigger_follows"] and entry.trigger == draft["trigger"]
+    if "output" in raw and "name" in raw["output"] and config.output.name != slug(draft["name"]):
+        new["name"] = config.output.name
+    new["preset"] = preset
+    if new["model"] != "demo":
+        new["example"] = False
+        new["preset"] = "balanced" if new["preset"] == "demo" else new["preset"]
+    return new

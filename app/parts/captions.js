@@ -1,0 +1,227 @@
+// Section 4: captions, written by a captioner or by hand, one or many at a time.
+import { ask, attempt, button, field, fill, get, h, plural, post, toast } from "/static/core.js";
+import { keyed, undo } from "/static/draft.js";
+import { cropped, enlarge } from "/static/images.js";
+
+const FEW = 12;
+const MOST_TOKENS = 75;  // what one chunk of CLIP reads; the rest is read in a second one, with less effect
+const BUSY = ["waiting", "starting", "running"];
+const ACTIONS = [
+  ["trigger_first", "Put the trigger word first", null, null],
+  ["replace", "Find and replace", "Find", "Replace with"],
+  ["prepend", "Add at the beginning", null, "Text"],
+  ["append", "Add at the end", null, "Text"],
+  ["remove_tag", "Remove a tag", null, "Tag"],
+  ["clear", "Clear them", null, null],
+];
+
+export function captionsSection(page) {
+  const { draft } = page;
+  let captioners = null, asked, all = false, tag = "", bare = false;
+  const present = () => draft.images.images.filter((i) => !i.removed);
+  const has = (image, wanted) => draft.captionOf(image).split(",").some((t) => t.trim().toLowerCase() === wanted.toLowerCase());
+  const wanted = () => present().filter((i) => (!tag || has(i, tag)) && (!bare || !i.has_caption || document.activeElement?.closest("[data-caption]")?.dataset.caption === i.id));
+
+  // The two captioners
+
+  const two = {}, says = h("p", { class: "la-note", role: "status", id: "captioner-note", hidden: true });
+  for (const [style, title, what] of [["sentences", "Sentences", "“a small cat on a red chair”: for photo models and most others"], ["tags", "Tags", "“cat, sitting, chair”: for anime models"]]) {
+    const badge = h("span", { class: "la-badge la-badge-accent", hidden: true }, "suits this model"), note = h("span", { class: "la-help" }, what);
+    const face = h("button", { type: "button", class: "nl-captioner", id: "caption-" + style, on: { click: () => begin(style) } }, h("span", { class: "nl-captioner-title" }, h("b", {}, title), badge), note);
+    two[style] = { face, badge, note, what };
+  }
+  async function readCaptioners() {
+    asked = draft.view.model?.source ?? "";
+    captioners = (await attempt(() => get("/captioners"))) ?? captioners;
+    if (!captioners) return;
+    for (const style of ["sentences", "tags"]) {
+      const { face, badge, note, what } = two[style], c = captioners[style];
+      badge.hidden = captioners.suits !== style || !draft.view.model;
+      face.setAttribute("aria-disabled", String(!c.ready));
+      face.dataset.ready = c.ready;
+      note.textContent = c.ready ? what + (c.there ? "" : c.size_mb ? `. First use downloads ${size(c.size_mb)}.` : "") : `${what}. Not there yet: ${c.note || "comes in a later version"}.`.replace("..", ".");
+    }
+  }
+  async function begin(style) {
+    const c = captioners?.[style];
+    if (!c) return readCaptioners();
+    says.hidden = c.ready;
+    if (!c.ready) return void (says.textContent = `${style === "tags" ? "Tags" : "Sentences"} cannot be written yet: ${(c.note || "this comes in a later version").replace(/\.$/, "")}. ${style === "tags" ? "Use Sentences, or write tags by hand." : "Write captions by hand."}`);
+    const images = present(), none = images.filter((i) => !i.has_caption).length, some = images.length - none;
+    if (!images.length) return void ((says.hidden = false), (says.textContent = "Add pictures first; then captions can be written for them."));
+    let which = none ? "missing" : "all";
+    if (!c.there || some) {
+      const text = [];
+      if (!c.there) text.push(h("p", {}, `This uses the captioner ${c.source}. It is downloaded once from huggingface.co${c.size_mb ? `: ${size(c.size_mb)}` : ""}. Your pictures stay on this computer.`));
+      if (some) text.push(h("p", {}, `${some === images.length ? "All" : some} of your ${plural(images.length, "picture")} have a caption. If they are written anew, a backup is kept and Undo brings them back.`));
+      which = await ask(!c.there ? `Download ${size(c.size_mb || 0)} and write captions?` : "Write which captions?", text,
+        [["Cancel", null, "quiet"], some ? ["All, anew", "all", none ? "" : "primary"] : null, none ? [some ? `Only the ${none} without` : c.there ? "Write captions" : "Download and write", "missing", "primary"] : null].filter(Boolean));
+      if (!which) return;
+    }
+    await attempt(() => draft.change(() => post("/images/caption", { style, which })));
+  }
+
+  const bar = h("div", {}), jobText = h("span", { class: "la-small", role: "status", id: "caption-status" });
+  const meter = h("div", { class: "la-progress", role: "progressbar", "aria-label": "Captions", "aria-valuemin": 0 }, bar);
+  const stop = button("Cancel", () => attempt(() => draft.change(() => post("/images/caption/cancel"))), { kind: "quiet", id: "caption-cancel" });
+  const job = h("div", { class: "nl-job", id: "caption-job", hidden: true }, meter, h("div", { class: "la-row la-between" }, jobText, stop));
+  function drawJob(j) {
+    job.hidden = !j || (j.state === "finished" && !j.text && !BUSY.includes(job.dataset.state));
+    if (!j) return;
+    const busy = BUSY.includes(j.state);
+    job.dataset.state = j.state;
+    meter.hidden = stop.hidden = !busy;
+    bar.style.width = (j.total ? (100 * j.done) / j.total : 0) + "%";
+    meter.setAttribute("aria-valuenow", j.done);
+    meter.setAttribute("aria-valuemax", j.total);
+    const words = { waiting: "Waiting for its turn …", starting: "Starting the captioner …", running: j.done || !j.text ? `Writing captions: ${j.done} of ${j.total}.` : j.text,
+      finished: j.text || `${plural(j.done, "caption")} written.`, stopped: `Cancelled; ${plural(j.done, "caption")} written.`, failed: "The captions were not written: " + (j.text || "no reason was given."), lost: "The captioner ended without a word. Start it again; what it had written is kept." };
+    if (jobText.textContent !== words[j.state]) jobText.textContent = words[j.state];
+    job.classList.toggle("la-error", j.state === "failed" || j.state === "lost");
+  }
+
+  // Many at once
+
+  const action = field("Change captions", h("select", { id: "bulk-action" }, ACTIONS.map(([value, title]) => h("option", { value }, title))));
+  const find = field("Find", h("input", { type: "text", id: "bulk-find" })), text = field("Text", h("input", { type: "text", id: "bulk-text" }));
+  const apply = button("Apply", () => bulk(), { id: "bulk-apply" });
+  const bulkLine = h("div", { class: "nl-bulk" }, action.node, find.node, text.node, apply);
+  for (const { control } of [find, text]) control.addEventListener("keydown", (e) => { if (e.key === "Enter" && !e.ctrlKey) { e.preventDefault(); bulk(); } });
+  action.control.addEventListener("change", () => drawBulk());
+  function drawBulk() {
+    const [, , a, b] = ACTIONS.find(([value]) => value === action.control.value);
+    find.node.hidden = !a;
+    text.node.hidden = !b;
+    text.node.querySelector("label").textContent = b || "Text";
+    const n = wanted().length;
+    apply.textContent = tag || bare ? `Apply to the ${n} shown` : `Apply to ${n === 1 ? "the caption" : `all ${n}`}`;
+  }
+  async function bulk(what = action.control.value, words = text.control.value, only = tag || bare ? wanted().map((i) => i.id) : null) {
+    text.error("");
+    find.error("");
+    if (what === "replace" && !find.control.value) return find.error("Type what to look for.");
+    if (["prepend", "append", "remove_tag"].includes(what) && !words.trim()) return text.error(what === "remove_tag" ? "Type the tag, or click it in the list of tags." : "Type the text to add.");
+    if (what === "trigger_first" && !draft.value("trigger")) return page.go("trigger");
+    const answer = await attempt(() => draft.changeImages(() => post("/images/captions", { action: what, find: find.control.value, text: words, ids: only })));
+    if (!answer) return;
+    toast(answer.changed ? plural(answer.changed, "caption") + " changed." : "No caption had to be changed.", answer.changed ? ["Undo", () => undo(draft)] : null);
+  }
+
+  // Tags
+
+  const cloud = h("div", { class: "nl-tags", role: "group", "aria-label": "Tags" });
+  const tagLine = h("div", { class: "la-row la-small", hidden: true });
+  const tags = h("details", { class: "nl-tagbox", id: "tags" }, h("summary", {}, "Tags"), cloud);
+  let allTags = false;
+  function drawTags() {
+    const list = draft.images.tags;
+    if (tag && !list.some(([t]) => t.toLowerCase() === tag.toLowerCase())) tag = "";
+    tags.hidden = !list.length;
+    tags.querySelector("summary").textContent = `Tags (${list.length})`;
+    const shown = (allTags ? list : list.slice(0, 60)).map(([name, n]) => ({ id: name, n }));
+    keyed(cloud, list.length > 60 && !allTags ? [...shown, { id: "\u0000more", n: list.length - 60 }] : shown, (first) => {
+      if (first.id === "\u0000more") {
+        const node = button("", () => { allTags = true; drawTags(); }, { kind: "link" });
+        node.update = (t) => { node.textContent = `and ${t.n} more`; };
+        return node;
+      }
+      const count = h("span", { class: "nl-tag-count la-num" });
+      const node = h("button", { type: "button", class: "nl-tag", data: { tag: first.id }, on: { click: () => { tag = tag === first.id ? "" : first.id; draw(); } } }, h("span", {}, first.id), count);
+      node.update = (t) => { count.textContent = t.n; node.setAttribute("aria-pressed", String(t.id === tag)); };
+      return node;
+    });
+    tagLine.hidden = !tag;
+    if (tag && tagLine.dataset.tag !== tag) fill(tagLine, h("span", {}, `Shown: the captions with “${tag}”.`),
+      button("Remove this tag from them", () => { const gone = tag; tag = ""; bulk("remove_tag", gone, null); }, { kind: "link" }), button("Show all captions", () => { tag = ""; draw(); }, { kind: "link" }));
+    tagLine.dataset.tag = tag;
+  }
+
+  // One by one
+
+  const count = h("p", { class: "la-small", role: "status", id: "caption-count" });
+  const filter = button("", () => { bare = !bare; draw(); }, { kind: "quiet" });
+  filter.classList.add("la-btn-small");
+  const list = h("ul", { class: "nl-captions", "aria-label": "Captions" });
+  const more = button("", () => { all = !all; draw(); }, { kind: "quiet", id: "all-captions" });
+  const keys = h("p", { class: "la-help nl-keys" }, "Saved as you type. ", h("kbd", {}, "Ctrl"), " ", h("kbd", {}, "Enter"), " goes to the next picture.");
+  const nothing = h("p", { class: "la-muted" }, "Captions appear here as soon as there are pictures.");
+
+  function card(first) {
+    let image = first, timer;
+    const picture = h("img", { loading: "lazy", decoding: "async", alt: "" }), kept = h("span", { class: "nl-kept" });
+    const frame = h("span", { class: "nl-frame" }, picture, kept);
+    const open = h("button", { type: "button", class: "nl-open", on: { click: () => enlarge(draft, image.id) } }, frame);
+    const area = h("textarea", { rows: 3, id: "caption-" + first.id, on: {
+      input() { state(""); draft.caption(image.id, area.value); },
+      blur() { if (draft.unsavedCaption(image.id)) draft.flush(); },
+      keydown(e) { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); next(node, e.shiftKey); } },
+    } });
+    const name = h("span", { class: "nl-name" }), tokens = h("span", { class: "nl-tokens la-num" }), saved = h("span", { class: "nl-state", role: "status" });
+    const node = h("li", { class: "nl-caption", data: { caption: first.id } }, open, h("div", { class: "nl-caption-text" }, h("label", { class: "nl-name", htmlFor: area.id }, name), area, h("div", { class: "nl-caption-foot" }, tokens, saved)));
+    const state = (word) => { saved.textContent = word; clearTimeout(timer); if (word) timer = setTimeout(() => { saved.textContent = ""; }, 2500); };
+    node.saved = () => { if (!draft.unsavedCaption(image.id)) state("Saved"); };
+    node.update = (now) => {
+      image = now;
+      if (picture.getAttribute("src") !== now.thumb) picture.src = now.thumb;
+      frame.style.aspectRatio = `${now.width} / ${now.height}`;
+      frame.classList.toggle("nl-tall", now.height > now.width);
+      cropped(kept, now.crop);
+      name.textContent = now.name;
+      area.setAttribute("aria-label", "Caption of " + now.name);
+      open.setAttribute("aria-label", "Enlarge " + now.name);
+      const value = draft.captionOf(now);
+      if (!draft.unsavedCaption(now.id) && area.value !== value && (document.activeElement !== area || area.dataset.was === area.value)) area.value = value;
+      else if (document.activeElement !== area && area.value !== value) area.value = value;
+      area.dataset.was = area.value;
+      const long = now.tokens > MOST_TOKENS;
+      tokens.textContent = !now.has_caption ? "no caption" : long ? `${now.tokens} tokens: the model reads the first ${MOST_TOKENS} best` : plural(now.tokens, "token");
+      tokens.classList.toggle("nl-long", long);
+    };
+    return node;
+  }
+  function next(node, back) {
+    let to = back ? node.previousElementSibling : node.nextElementSibling;
+    if (!to && !back && !all && !more.hidden) { all = true; draw(); to = node.nextElementSibling; }
+    const area = to?.querySelector("textarea");
+    if (!area) return void draft.flush();
+    area.focus();
+    area.setSelectionRange(area.value.length, area.value.length);
+    to.scrollIntoView({ block: "nearest" });
+  }
+
+  function draw() {
+    const images = present(), none = images.filter((i) => !i.has_caption).length;
+    if (!none) bare = false;
+    drawTags();
+    const some = wanted();
+    nothing.hidden = images.length > 0;
+    tools.hidden = !images.length;
+    count.textContent = none === images.length ? "No captions yet: without one, a picture is called by its trigger and class word." : none ? `${images.length - none} of ${images.length} have a caption.` : `All ${images.length} have a caption.`;
+    filter.hidden = !none || (none === images.length && !bare);
+    filter.textContent = bare ? "Show all" : `Show the ${none} without`;
+    filter.setAttribute("aria-pressed", String(bare));
+    keyed(list, all || some.length <= FEW * 1.5 ? some : some.slice(0, FEW), card);
+    more.hidden = some.length <= FEW * 1.5;
+    more.textContent = all ? "Show fewer" : `Show all ${some.length} captions`;
+    for (const node of document.querySelectorAll(".nl-card")) node.classList.toggle("nl-marked", Boolean(tag) && some.some((i) => i.id === node.dataset.image));
+    drawBulk();
+  }
+
+  const tools = h("div", { class: "la-stack nl-caption-tools" }, bulkLine, tags, tagLine, h("div", { class: "la-row la-between" }, count, filter), list, more, keys);
+  page.places.captions = () => {
+    const area = list.querySelector("textarea") ?? two.sentences.face;
+    const empty = [...list.querySelectorAll("textarea")].find((a) => !a.value) ?? area;
+    empty.scrollIntoView({ block: "center" });
+    empty.focus();
+  };
+  draft.on("images", draw);
+  draft.on("captions", (id) => { list.querySelector(`[data-caption="${CSS.escape(id)}"]`)?.saved(); draw(); });
+  draft.on("view", (view) => {
+    drawJob(view.caption_job);
+    drawBulk();
+    if ((view.model?.source ?? "") !== asked || (view.caption_job?.state === "finished" && captioners && !captioners[view.caption_job.style]?.there)) readCaptioners();
+  });
+  return [h("div", { class: "nl-captioners" }, two.sentences.face, two.tags.face), says, job, nothing, tools];
+}
+
+const size = (mb) => (mb >= 1000 ? (mb / 1000).toFixed(1) + " GB" : Math.round(mb) + " MB");

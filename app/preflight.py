@@ -1,0 +1,431 @@
+"""What will happen at Start, before it does: steps, minutes, memory, disk, and everything that stands against it.
+
+All of it is arithmetic on small files, so that it can be asked for at each change. Minutes come from a measurement
+(`measure`) or from earlier runs on this machine, memory from a measurement or from trainer.memory.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from app import draft as drafts
+from app import machine, models, settings
+from app.errors import Problem
+from app.paths import Home
+from app.runner import Runner
+from trainer import memory, plan
+from trainer.config import TrainConfig
+from trainer.data.scan import DataError
+from trainer.formats.probe import FormatError, native_resolution
+from trainer.run_dir import RunDir, write_json
+
+FEW, MANY, RUNS = 5, 200, 20
+TAIL = 65_536  # bytes read at the start and the end of a run's events
+ANOTHER_START = 20.0  # seconds that a run takes before and after its steps, where no measurement says more
+
+
+# ---- how fast, and how large, by what ran before ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one earlier run or measurement says. `rate`: pixels of training images a second; memory in GiB, 0 unknown."""
+
+    model: str
+    device: str
+    rate: float
+    memory: float
+    settings: Mapping[str, Any]
+    measured: bool
+    when: float
+    start: float  # seconds before the first step
+
+
+_speeds: dict[Path, tuple[tuple[int, int], Speed | None]] = {}
+
+
+def earlier(home: Home) -> list[Speed]:
+    """The newest runs and measurements on this machine that say how fast they were, newest first."""
+    roots = [home.runs, *(Path(f).expanduser() for f in settings.load(home).run_folders)]
+    found = []
+    for root in roots:
+        found += _event_files(root)
+    newest = sorted(found, reverse=True)[:RUNS]
+    newest += sorted((e for e in _event_files(home.jobs) if e[1].parent.name.startswith("measure-")), reverse=True)[:RUNS]
+    speeds = [s for _, path in newest if (s := _speed(path))]
+    return sorted(speeds, key=lambda s: s.when, reverse=True)
+
+
+def _event_files(root: Path) -> Iterator[tuple[float, Path]]:
+    for path in root.glob("*/events.jsonl"):
+        try:
+            yield path.stat().st_mtime, path
+        except OSError:
+            continue
+
+
+def _speed(path: Path) -> Speed | None:
+    stat = path.stat()
+    stamp = stat.st_mtime_ns, stat.st_size
+    if _speeds.get(path, (None, None))[0] != stamp:
+        _speeds[path] = stamp, _read_speed(path, stat.st_mtime)
+    return _speeds[path][1]
+
+
+def _read_speed(path: Path, when: float) -> Speed | None:
+    """From the first and last lines of a run's events, which may be long."""
+    try:
+        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(TAIL)
+            if path.stat().st_size > 2 * TAIL:
+                file.seek(-TAIL, 2)
+                raw = raw[: raw.rfind(b"\n") + 1] + file.read().partition(b"\n")[2]
+            else:
+                raw += file.read()
+        events = [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()]
+        started = next((e for e in events if e["type"] == "started"), None)
+        measured = next((e for e in reversed(events) if e["type"] == "measured"), None)
+        steps = [e for e in events if e["type"] == "step"]
+        if measured and not started:  # the steps of a measurement have a folder of their own
+            with (path.parent / "run" / "events.jsonl").open("rb") as file:
+                started = next(e for line in file if (e := json.loads(line))["type"] == "started")
+        buckets = started["buckets"] if started else []
+        area = sum(w * h * n for w, h, n in buckets) / max(1, sum(n for _, _, n in buckets))
+        facts = {k: config["train"][k] for k in ("checkpointing", "dtype", "batch_size")} | {"text_1": config["part"]["text_1"]["train"]}
+        model = config["model"]["source"]
+        if measured:
+            return Speed(model, measured["device"], measured["images_per_s"] * area, measured["memory_gib"], facts, True, when,
+                         measured.get("start_seconds", ANOTHER_START))  # fmt: skip
+        rates = [e["images_per_s"] for e in steps[1:] or steps]  # the first step warms up
+        if not started or not rates or not area:
+            return None
+        first = steps[0]["time"] - started["time"] if steps else ANOTHER_START
+        return Speed(model, started["device"], median(rates) * area, max((e.get("memory_gib", 0) for e in steps), default=0), facts, False,
+                     when, min(600.0, max(0.0, first)))  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration):
+        return None
+
+
+def _alike(speed: Speed, config: TrainConfig, source: str) -> bool:
+    """Whether a run says something about this one: the same size of model and the same parts, precision and way to save memory."""
+    toy = source == "demo" or Path(source) == models.DEMO
+    its_toy = speed.model == "demo" or Path(speed.model) == models.DEMO
+    return (
+        toy == its_toy
+        and speed.settings["checkpointing"] == config.train.checkpointing
+        and speed.settings["text_1"] == config.part.text_1.train
+        and speed.settings["dtype"] == config.train.dtype
+    )
+
+
+# ---- the plan ---------------------------------------------------------------------------------------------------------------
+
+
+def make(home: Home, runner: Runner | None = None, draft: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The plan of assets/help/api.md for the draft as it stands."""
+    draft = draft or drafts.load(home)
+    probe = machine.info(home)
+    found = _Found(home, draft, probe)
+    if runner is not None:
+        found.answer["measuring"] = _measuring(home, runner)
+    return found.answer
+
+
+class _Found:
+    """One plan on its way: `answer` grows in the order in which the page shows it."""
+
+    def __init__(self, home: Home, draft: dict[str, Any], probe: dict[str, Any] | None) -> None:
+        self.home, self.draft, self.probe = home, draft, probe
+        self.items: list[dict[str, str]] = []
+        self.config, self.errors = drafts.check(home, draft)
+        self.texts = drafts.captions(home, draft)
+        self.model, self.model_error = models.glance(home, draft["model"], draft["example"])
+        self.laid: plan.Plan | None = None
+        disk = shutil.disk_usage(home.root)
+        self.answer: dict[str, Any] = {
+            "steps": 0, "visits": self.config.train.visits if self.config else 0, "images": len(self.texts), "minutes": None,
+            "minutes_from": "", "memory_gib": None, "memory_free_gib": 0.0, "memory_where": "computer", "disk_gb": 0.0,
+            "disk_free_gb": round(disk.free / 1e9, 1), "buckets": [], "preflight": [], "startable": False, "measuring": False,
+        }  # fmt: skip
+        self.gpu()
+        self.images()
+        self.captions()
+        self.model_chosen()
+        self.names()
+        self.settings()
+        self.lay_out()
+        if self.laid is not None and self.config is not None:
+            self.time_and_memory()
+            self.disk(disk.free)
+        if not any(i["level"] in ("error", "warning") for i in self.items):
+            self.say("ok", "Everything is ready.", "")
+        order = {"error": 1, "warning": 2, "info": 3, "ok": 4}
+        first = [i for i in self.items if i.get("first")]
+        rest = sorted((i for i in self.items if not i.get("first")), key=lambda i: order[i["level"]])
+        self.answer["preflight"] = [{k: i[k] for k in ("level", "text", "field")} for i in [*first, *rest]]
+        self.answer["startable"] = not any(i["level"] == "error" for i in self.items)
+
+    def say(self, level: str, text: str, field: str, first: bool = False) -> None:
+        self.items.append({"level": level, "text": text, "field": field, **({"first": "yes"} if first else {})})
+
+    def gpu(self) -> None:
+        """First of all, a GPU that is there but not used."""
+        if self.probe is None:
+            problem = machine.problem(self.home)
+            if problem:
+                self.say("warning", problem, "train.device", first=True)
+            elif machine.probing(self.home):
+                self.say("info", "Looking at what this machine has ...", "train.device", first=True)
+            return
+        asked_for_cpu = self.config is not None and self.config.train.device == "cpu"
+        if self.probe.get("gpu_unusable"):
+            self.say("warning", self.probe["gpu_unusable"], "train.device", first=True)
+        elif asked_for_cpu and self.probe.get("gpus"):
+            self.say(
+                "warning",
+                f"{self.probe['gpus'][0]['name']} is there, but Device is set to cpu. Set it to auto.",
+                "train.device",
+                first=True,
+            )
+        elif self.on_cpu and not self.draft["example"] and self.model and not self.model["toy"]:
+            self.say(
+                "warning", "There is no GPU that can be used here. On a processor a training takes many hours.", "train.device", first=True
+            )
+
+    @property
+    def on_cpu(self) -> bool:
+        wish = self.config.train.device if self.config else "auto"
+        device = wish if wish != "auto" else str(((self.probe or {}).get("choice") or {}).get("device", ""))
+        return not device.startswith(("cuda", "xpu"))
+
+    def images(self) -> None:
+        n = len(self.texts)
+        if n == 0:
+            self.say("error", "There are no images yet. Add 10 to 20 of what you want to train.", "images")
+        elif n < FEW:
+            self.say(
+                "warning", f"Only {n} image{'s' if n > 1 else ''}: the LoRA will know little but these. 10 to 20 are better.", "images"
+            )
+        elif n > MANY:
+            self.say(
+                "info",
+                f"{n} images: 10 to 20 good ones are often as good, and {n} take longer. Lower the visits if you keep them all.",
+                "images",
+            )
+
+    def captions(self) -> None:
+        missing = sum(not t for t in self.texts)
+        if not missing:
+            return
+        subject = " ".join(w for w in (self.draft["trigger"], self.draft["class_word"]) if w)
+        of = f"{missing} of {len(self.texts)} images" if missing < len(self.texts) else f"None of the {len(self.texts)} images"
+        verb = "have no caption" if missing < len(self.texts) else "has a caption"
+        if subject:
+            self.say(
+                "info" if missing < len(self.texts) else "warning",
+                f"{of} {verb} and will be called “{subject}”. Captions that say what else is there give a LoRA that can be steered.",
+                "captions",
+            )
+        else:
+            self.say(
+                "warning",
+                f"{of} {verb}, and there is no trigger or class word to stand in. Write captions, or let them be written.",
+                "captions",
+            )
+
+    def model_chosen(self) -> None:
+        if self.model_error:
+            self.say("error", self.model_error, "model")
+        elif self.model is None:
+            self.say("error", "Choose the model that you make pictures with: the LoRA is made for it.", "model")
+        elif self.model["toy"]:
+            self.say(
+                "info",
+                "The base is the built-in toy, which draws simple shapes: good for trying this page out, not for real pictures.",
+                "model",
+            )
+        elif not self.model["trainable"]:
+            self.say("error", f"{self.model['name']} is {self.model['what']} and cannot be trained on.", "model")
+        else:
+            if self.model["warning"]:
+                self.say("warning", f"{self.model['name']} is {self.model['warning']}. A LoRA trained on it will not hold well.", "model")
+            if self.model["kind"] == "hub":
+                size = self.model.get("download_gb")
+                text = f"about {size:g} GB, " if size else ""
+                licence = f"licence: {self.model['license']}" if self.model.get("license") else "its licence stands on its page"
+                self.say("info", f"{self.model['name']} is downloaded from the hub when training starts: {text}{licence}.", "model")
+
+    def names(self) -> None:
+        if not self.draft["name"]:
+            self.say("error", "Give it a name: the file is called after it.", "name")
+        if warning := drafts.trigger_warning(self.draft, self.texts):
+            self.say("warning", warning, "trigger")
+
+    def settings(self) -> None:
+        for field, text in self.errors.items():
+            self.say("error", text, field)
+        start = self.config.adapter.start if self.config and hasattr(self.config.adapter, "start") else None
+        if start is not None and not start.expanduser().is_file():
+            self.say(
+                "error", f"The LoRA to start from, {start}, is not there any more. Choose another, or empty the field.", "adapter.start"
+            )
+
+    @property
+    def source(self) -> Path:
+        return models.DEMO if self.draft["model"] == "demo" else Path(str((self.model or {}).get("source", ""))).expanduser()
+
+    @property
+    def table(self) -> str:
+        return "demo" if (self.model or {}).get("toy") else drafts.family(self.home, self.draft)
+
+    def lay_out(self) -> None:
+        """Images into buckets, by the trainer's own plan; one visit of each is laid out, and the steps of all are counted."""
+        if self.config is None or not self.texts:
+            return
+        try:
+            native = native_resolution(self.source) if self.model and self.model["kind"] != "hub" else 512
+            once = self.config.model_copy(update={"train": self.config.train.model_copy(update={"visits": 1})})
+            self.laid = plan.make(once, native)
+        except DataError as error:
+            for text in error.problems[:5]:
+                self.say("error", _short(text), "images")
+            if len(error.problems) > 5:
+                self.say("error", f"{len(error.problems) - 5} more images have problems.", "images")
+            return
+        except FormatError as error:
+            self.say("error", str(error), "model")
+            return
+        except ValueError as error:  # a bucket step above the resolution
+            self.say("error", str(error), "dataset.bucket_step")
+            return
+        self.answer["steps"] = plan.length(self.laid, self.config)
+        self.answer["buckets"] = [[w, h, n] for (w, h), n in self.laid.buckets().items()]
+        self.answer["images"] = len(self.laid.images)
+        for text in self.laid.warnings:
+            if "empty caption" not in text:
+                self.say("warning", _short(text), "images")
+        if self.answer["steps"] < 100 and not self.draft["example"]:
+            self.say(
+                "warning", f"Only {self.answer['steps']} steps: the LoRA may learn little. Raise the visits to each image.", "train.visits"
+            )
+
+    def time_and_memory(self) -> None:
+        assert self.config is not None and self.laid is not None
+        config, laid = self.config, self.laid
+        buckets = laid.buckets()
+        if self.probe is None:  # what this machine has is not known yet
+            return
+        choice, gpus = self.probe["choice"], self.probe["gpus"]
+        wish = config.train.device if config.train.device != "auto" else choice["device"]
+        number = int(wish.partition(":")[2] or 0)
+        gpu = gpus[number] if wish.startswith("cuda") and number < len(gpus) else None
+        name = choice["name"] if wish == choice["device"] else gpu["name"] if gpu else self.probe["cpu"]["name"] if wish == "cpu" else ""
+
+        alike = [s for s in earlier(self.home) if s.device == name and _alike(s, config, self.draft["model"])]
+        measured = next((s for s in alike if s.measured), None)
+        runs = [s for s in alike if not s.measured]
+        if alike:
+            speed, start = (measured.rate, measured.start) if measured else (median(s.rate for s in runs), median(s.start for s in runs))
+            pixels = sum(w * h * n for (w, h), n in buckets.items()) * config.train.visits
+            self.answer["minutes"] = round((pixels / speed + start) / 60, 1)
+            many = f"{len(runs)} earlier run{'s' if len(runs) > 1 else ''} on this machine"
+            self.answer["minutes_from"] = "a measurement" if measured else many
+
+        dtype = config.train.dtype if config.train.dtype != "auto" else choice["dtype"] if wish == choice["device"] else "fp32"
+        rows = min(config.train.batch_size, max(buckets.values()))
+        if self.table in memory.TABLES:
+            need = memory.peak(config, self.table, pixels=max(w * h for w, h in buckets), dtype=dtype, rows=rows, cpu=self.on_cpu)
+            self.answer["memory_gib"] = round(need, 1)
+        exact = next((s for s in alike if s.measured and s.memory and s.settings["batch_size"] == config.train.batch_size), None)
+        if exact:
+            self.answer["memory_gib"] = round(exact.memory + (0 if self.on_cpu else memory.CONTEXT), 1)
+        if gpu:
+            total = gpu["memory_gib"]
+            self.answer |= {"memory_where": "GPU", "memory_free_gib": gpu["free_gib"]}
+        else:
+            live = machine.live(self.home)
+            total = live["memory_gib"]
+            self.answer["memory_free_gib"] = live["free_memory_gib"]
+        if (need := self.answer["memory_gib"]) and need > self.answer["memory_free_gib"]:
+            self.too_large(config, rows, need, self.answer["memory_free_gib"], total)
+
+    def too_large(self, config: TrainConfig, rows: int, need: float, free: float, total: float) -> None:
+        where = "The GPU" if self.answer["memory_where"] == "GPU" else "This computer"
+        if need <= total:  # what is free was read when the machine was looked at, and changes
+            said = f"The training takes about {need:.1f} GiB. {where} has {total:.1f} GiB, of which {free:.1f} were free when it was looked at."
+            return self.say("warning", f"{said} Close other programs that use it.", "train.checkpointing")
+        said = f"The training takes about {need:.1f} GiB, and {where[0].lower()}{where[1:]} has {total:.1f} GiB in all."
+        if not config.train.checkpointing:
+            return self.say("warning", f"{said} Switch on Save memory.", "train.checkpointing")
+        if config.train.accumulation < rows:
+            return self.say("warning", f"{said} Cut the batch into {rows} parts.", "train.accumulation")
+        return self.say("warning", f"{said} Lower the resolution.", "dataset.resolution")
+
+    def disk(self, free: int) -> None:
+        """What the run's folder will hold: LoRA files along the way, resumable states, sample images."""
+        assert self.config is not None
+        config, steps = self.config, self.answer["steps"]
+        if self.table not in memory.TABLES:
+            return
+        due = plan.due(config, steps)
+        files = 1 + _count(due.save)
+        states = min(config.output.keep_checkpoints, 1 + _count(due.checkpoint)) + 1  # the new one is written before an old one goes
+        pictures = (2 + _count(due.preview)) * max(4, len(config.preview.prompts)) * 600_000 if config.preview.enabled else 0
+        need = files * memory.lora_bytes(config, self.table) + states * memory.checkpoint_bytes(config, self.table) + pictures
+        if self.model and self.model["kind"] == "hub":
+            need += int((self.model.get("download_gb") or 0) * 1e9)
+        self.answer["disk_gb"] = round(need / 1e9, 2)
+        if need > free:
+            self.say(
+                "error",
+                f"The run takes about {need / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free in {self.home.root}. Free some space.",
+                "output.save_every",
+            )
+        elif need * 3 > free:
+            self.say(
+                "warning", f"The run takes about {need / 1e9:.1f} GB of disk, and only {free / 1e9:.1f} GB are free.", "output.save_every"
+            )
+
+
+def _count(times: Any) -> int:
+    return len(times)
+
+
+def _short(text: str) -> str:
+    """A sentence of the scan without the setting's name and the long path before it."""
+    head, sign, rest = text.partition("): ")
+    return rest[:1].upper() + rest[1:] if sign and head.startswith("data.") else text
+
+
+# ---- the measurement ----------------------------------------------------------------------------------------------------------
+
+
+def measure(home: Home, runner: Runner) -> Path:
+    """Have a few steps of the draft run in a process of its own. Returns the job's folder. Raises Problem where it cannot start."""
+    draft = drafts.load(home)
+    found = make(home, runner, draft)
+    if found["measuring"]:
+        raise Problem("A measurement is going on already.", 409)
+    errors = [i["text"] for i in found["preflight"] if i["level"] == "error"]
+    if errors:
+        raise Problem(f"This cannot be measured yet: {errors[0]}", 409)
+    config, _ = drafts.check(home, draft)
+    assert config is not None
+    job = home.jobs / f"measure-{time.strftime('%Y%m%d-%H%M%S')}"
+    job.mkdir(parents=True, exist_ok=True)
+    write_json(job / "config.json", config.model_dump(mode="json"))
+    runner.submit("measure", job, ["measure", str(RunDir(job).config), "--run-dir", str(job)])
+    return job
+
+
+def _measuring(home: Home, runner: Runner) -> bool:
+    newest = max(home.jobs.glob("measure-*"), default=None, key=lambda p: p.name)
+    return newest is not None and runner.look(newest).state in ("waiting", "starting", "running")

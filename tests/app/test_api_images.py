@@ -1,0 +1,281 @@
+"""The routes of images and captions, over HTTP."""
+
+import io
+import json
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from PIL import Image
+from starlette.testclient import TestClient
+
+from app import datasets, draft, settings
+from app.api import draft as draft_routes
+from app.api import images
+from app.context import Context
+from app.paths import Home
+from app.runner import Runner
+from app.server import _answer_errors
+from trainer import events
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (300, 200), format: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, format)
+    return out.getvalue()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Home:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    home = Home(tmp_path / "home")
+    home.create()
+    return home
+
+
+@pytest.fixture
+def runner(home) -> Runner:
+    return Runner(home)  # not started: what is submitted stays in the queue
+
+
+@pytest.fixture
+def client(home, runner) -> TestClient:
+    app = FastAPI()
+    app.state.context = Context(home, runner)
+    app.include_router(images.router, prefix="/api")
+    app.include_router(draft_routes.router, prefix="/api")
+    _answer_errors(app)
+    return TestClient(app)
+
+
+def add(client: TestClient, files: dict[str, bytes]) -> dict:
+    answer = client.post("/api/images", files=[("files", (name, content)) for name, content in files.items()])
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def named(answer: dict) -> dict[str, dict]:
+    return {i["name"]: i for i in answer["images"]}
+
+
+def current(home: Home) -> datasets.Dataset:
+    return datasets.open(home, draft.load(home)["dataset"])
+
+
+def test_an_empty_data_set(client, home):
+    answer = client.get("/api/images").json()
+    assert answer == {"images": [], "tags": [], "undo": "", "folder": str(current(home).images)}
+
+
+def test_upload_edit_remove_undo(client, home):
+    answer = add(client, {"cats/a.png": picture(1), "cats/b.jpg": picture(2, format="JPEG"), "cats/a.txt": b"cat, red", "x.pdf": b"%PDF"})
+    assert answer["added"] == 2 and len(answer["problems"]) == 1 and answer["undo"] == "Add 2 images"
+    a = named(answer)["a.png"]
+    assert (a["caption"], a["tokens"], answer["tags"]) == ("cat, red", 3, [["cat", 1], ["red", 1]])
+    text = '"ohwx", <b>猫</b> & 🐱\'s'
+    changed = client.patch(f"/api/images/{a['id']}", json={"caption": text}).json()
+    assert changed["caption"] == text and changed["id"] == a["id"]
+    assert (current(home).images / "a.txt").read_text(encoding="utf-8") == f"{text}\n"
+    removed = client.patch(f"/api/images/{a['id']}", json={"removed": True}).json()
+    assert removed["removed"] is True and removed["crop"] is None
+    assert client.get("/api/draft").json()["images"] == 1
+    undone = client.post("/api/draft/undo").json()
+    assert undone["undone"] == "Remove a.png" and named(undone)["a.png"]["caption"] == text
+    assert named(client.post("/api/draft/undo").json())["a.png"]["caption"] == "cat, red"
+    assert [i["removed"] for i in client.post("/api/draft/undo").json()["images"]] == [True, True]
+    assert client.post("/api/draft/undo").json()["undone"] == ""
+
+
+def test_a_zip_and_a_folder(client, tmp_path):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("../../1.png", picture(1))
+        archive.writestr("../../1.txt", "zipped")
+    assert named(add(client, {"c.zip": out.getvalue()}))["1.png"]["caption"] == "zipped"
+    assert not list(tmp_path.glob("*.png"))
+    (tmp_path / "my cats").mkdir()
+    (tmp_path / "my cats/2.png").write_bytes(picture(2))
+    answer = client.post("/api/images/folder", json={"path": f'"{tmp_path / "my cats"}" '}).json()
+    assert answer["added"] == 1 and named(answer)["2.png"]["linked"] and not named(answer)["1.png"]["linked"]
+    refused = client.post("/api/images/folder", json={"path": "nowhere"})
+    assert refused.status_code == 400 and "whole path" in refused.json()["errors"]["path"]
+    id = named(answer)["2.png"]["id"]
+    client.patch(f"/api/images/{id}", json={"caption": "mine"})
+    assert client.post("/api/images/write-back").json()["written"] == 1
+    assert (tmp_path / "my cats/2.txt").read_text(encoding="utf-8") == "mine\n"
+
+
+def test_bulk_edits_use_the_draft_s_trigger(client, home):
+    add(client, {"a.png": picture(1), "a.txt": b"a cat", "b.png": picture(2), "b.txt": b"a dog"})
+    refused = client.post("/api/images/captions", json={"action": "trigger_first"})
+    assert refused.status_code == 400 and "trigger" in refused.json()["errors"]
+    draft.update(home, trigger="ohwx")
+    answer = client.post("/api/images/captions", json={"action": "trigger_first"}).json()
+    assert answer["changed"] == 2 and [i["caption"] for i in answer["images"]] == ["ohwx, a cat", "ohwx, a dog"]
+    ids = [answer["images"][0]["id"]]
+    answer = client.post("/api/images/captions", json={"action": "replace", "find": "ohwx", "text": "<b>", "ids": ids}).json()
+    assert [i["caption"] for i in answer["images"]] == ["<b>, a cat", "ohwx, a dog"]
+    assert client.post("/api/images/captions", json={"action": "replace", "find": "x", "ids": ["../../etc"]}).status_code == 404
+    assert client.post("/api/images/captions", json={"action": "replace", "fnd": "x"}).status_code == 400
+
+
+def test_pictures_are_found_by_id_alone_and_kept_by_content(client, home):
+    image = named(add(client, {"a.png": picture(1, (900, 600))}))["a.png"]
+    thumb = client.get(image["thumb"])
+    assert thumb.headers["content-type"] == "image/webp" and "immutable" in thumb.headers["cache-control"]
+    assert Image.open(io.BytesIO(thumb.content)).size == (320, 213)
+    assert Image.open(io.BytesIO(client.get(image["full"]).content)).size == (900, 600)
+    tag = thumb.headers["etag"]
+    assert client.get(image["thumb"], headers={"if-none-match": tag}).status_code == 304
+    plain = client.get(f"/api/images/{image['id']}/thumb")
+    assert plain.headers["cache-control"] == "no-cache" and plain.headers["etag"] == tag
+    (home.root / "secret.png").write_bytes(picture(9))
+    for id in ("..%2F..%2F..%2Fsecret.png", "secret.png", "a.png", "%00", "..", "..%5Csecret.png"):
+        assert client.get(f"/api/images/{id}/thumb").status_code == 404
+
+
+def test_an_old_tab_cannot_write_into_a_new_data_set(client):
+    old = named(add(client, {"a.png": picture(1)}))["a.png"]
+    client.post("/api/draft/new")
+    new = named(add(client, {"a.png": picture(2)}))["a.png"]
+    assert client.patch(f"/api/images/{old['id']}", json={"caption": "from the old tab"}).status_code == 404
+    assert client.get("/api/images").json()["images"][0]["caption"] == ""
+    assert new["thumb"] != old["thumb"]
+
+
+def test_undo_brings_the_data_set_before_back(client):
+    add(client, {"a.png": picture(1)})
+    client.post("/api/draft/new")
+    answer = client.get("/api/images").json()
+    assert answer["images"] == [] and answer["undo"] == "Start a new training"
+    undone = client.post("/api/draft/undo").json()
+    assert undone["undone"] == "Start a new training" and list(named(undone)) == ["a.png"] and undone["undo"] == "Add 1 image"
+    client.post("/api/draft/example")
+    assert len(client.get("/api/images").json()["images"]) == 14
+    assert not any(i["badges"] for i in client.get("/api/images").json()["images"])  # placed at the toy's own resolution
+    assert list(named(client.post("/api/draft/undo").json())) == ["a.png"]
+
+
+def test_pictures_are_placed_by_the_draft_s_settings(client, home):
+    add(client, {"a.png": picture(1, (900, 600))})
+    draft.update(home, changes={"dataset.resolution": 256, "dataset.bucket_step": 32})
+    assert max(client.get("/api/images").json()["images"][0]["bucket"]) <= 320
+    draft.update(home, changes={"dataset.resolution": "many"})
+    assert client.get("/api/images").json()["images"][0]["bucket"][0] >= 512
+
+
+@pytest.mark.parametrize("megabytes", [60, 65])
+def test_how_large_a_file_may_be(client, megabytes):
+    raw = picture(1)
+    answer = client.post("/api/images", files=[("files", ("large.png", raw + bytes(megabytes * 2**20 - len(raw))))])
+    if megabytes == 60:
+        assert answer.status_code == 200 and answer.json()["added"] == 1
+    else:
+        assert answer.status_code == 413 and "large.png has 68 MB" in answer.json()["error"]
+
+
+def test_what_is_no_upload(client):
+    for send in ({"json": {}}, {"data": {"files": "text"}}, {}):
+        answer = client.post("/api/images", **send)
+        assert answer.status_code == 400 and "called files" in answer.json()["error"]
+
+
+def test_two_tabs_at_once(client):
+    answer = add(client, {f"{k}.png": picture(k) for k in range(6)})
+    ids, failed = [i["id"] for i in answer["images"]], []
+
+    def tab(id: str) -> None:
+        for k in range(5):
+            got = client.patch(f"/api/images/{id}", json={"caption": f"{id} {k}"})
+            listed = client.get("/api/images")
+            if got.status_code != 200 or listed.status_code != 200 or len(listed.json()["images"]) != 6:
+                failed.append((got.text, listed.text))
+
+    tabs = [threading.Thread(target=tab, args=(id,)) for id in ids]
+    for each in tabs:
+        each.start()
+    for each in tabs:
+        each.join(60)
+    assert not failed
+    assert [i["caption"] for i in client.get("/api/images").json()["images"]] == [f"{id} 4" for id in ids]
+
+
+# ---- captioning
+
+
+def test_which_captioner_suits(client, home):
+    found = client.get("/api/captioners").json()
+    assert found["sentences"] == {
+        "source": "Salesforce/blip-image-captioning-large", "size_mb": 1880, "there": False, "ready": True, "note": ""
+    }  # fmt: skip
+    assert found["tags"]["ready"] is False and found["tags"]["note"] == "comes in a later version" and found["suits"] == "sentences"
+    draft.update(home, model="/models/ponyDiffusionV6XL.safetensors")
+    assert client.get("/api/captioners").json()["suits"] == "tags"
+    settings.save(home, {"captioners": {"/models/ponyDiffusionV6XL.safetensors": "sentences"}})
+    assert client.get("/api/captioners").json()["suits"] == "sentences"
+    settings.save(home, {"sentences": str(home.root)})
+    assert client.get("/api/captioners").json()["sentences"]["there"] is True
+    for source, said in (("some/one", "not known"), ("a/b/c", "neither"), ("", "Settings")):
+        settings.save(home, {"sentences": source})
+        assert said in client.get("/api/captioners").json()["sentences"]["note"]
+
+
+def test_a_captioning_is_queued_watched_cancelled_and_undone(client, home, runner):
+    assert client.post("/api/images/caption", json={"style": "sentences"}).status_code == 409
+    add(client, {"a.png": picture(1), "a.txt": b"mine", "b.png": picture(2)})
+    assert "later version" in client.post("/api/images/caption", json={"style": "tags"}).json()["error"]
+    draft.update(home, model="/models/a.safetensors")
+    settings.save(home, {"sentences": "some/captioner"})
+    job = client.post("/api/images/caption", json={"style": "sentences", "which": "missing"}).json()["caption_job"]
+    assert (job["style"], job["state"], job["done"]) == ("sentences", "waiting", 0)
+    assert settings.load(home).captioners == {"/models/a.safetensors": "sentences"}
+    (queued,) = runner.jobs.list()
+    assert queued.folder.parent == home.jobs and queued.folder.name == job["id"]
+    data = current(home)
+    words = [
+        "caption",
+        str(data.images),
+        "--captioner",
+        "blip",
+        "--source",
+        "some/captioner",
+        "--run-dir",
+        str(queued.folder),
+        "--only-missing",
+    ]
+    assert list(queued.words) == words
+    assert client.post("/api/images/caption", json={"style": "sentences"}).status_code == 409
+    assert client.post("/api/draft/undo").status_code == 409  # while it writes
+    # What the captioner does, in its own process:
+    runner.unqueue(queued.folder)
+    write = events.Writer(queued.folder / "events.jsonl")
+    write("started", name="blip", total=1, device="CPU", dtype="fp32", reasons=[])
+    (data.images / "b.txt").write_text("a picture of noise\n", encoding="utf-8")
+    write("captioned", done=1, total=1, file="b.png", text="a picture of noise", seconds=1)
+    write("finished", done=1, total=1, skipped=0, seconds=3)
+    write.close()
+    job = client.get("/api/draft").json()["caption_job"]
+    assert (job["state"], job["done"], job["total"]) == ("finished", 1, 1)
+    assert named(client.get("/api/images").json())["b.png"]["caption"] == "a picture of noise"
+    assert "already" in client.post("/api/images/caption", json={"style": "sentences", "which": "missing"}).json()["error"]
+    undone = client.post("/api/draft/undo").json()
+    assert undone["undone"] == "Caption 1 image" and [i["caption"] for i in undone["images"]] == ["mine", ""]
+    client.post("/api/images/caption", json={"style": "sentences", "which": "all"})
+    assert "--only-missing" not in runner.jobs.list()[0].words
+    view = client.post("/api/images/caption/cancel").json()
+    assert runner.jobs.list() == [] and view["caption_job"]["state"] == "lost"
+    assert client.post("/api/images/caption/cancel").status_code == 200
+
+
+def test_the_routes_live_through_a_deleted_folder(client, home):
+    import shutil
+
+    add(client, {"a.png": picture(1)})
+    shutil.rmtree(current(home).root)
+    assert client.get("/api/images").json()["images"] == []
+    assert add(client, {"a.png": picture(1)})["added"] == 1
+    kept = json.loads((current(home).root / "dataset.json").read_text(encoding="utf-8"))
+    assert list(kept["files"]) == ["a.png"]

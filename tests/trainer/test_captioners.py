@@ -1,0 +1,249 @@
+"""Captioning a folder, by a small BLIP of random weights that is made on the spot."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from trainer import __main__ as program
+from trainer import control, events
+from trainer.captioners import CAPTIONERS, blip
+from trainer.captioners.job import caption
+from trainer.config import DataConfig
+from trainer.data.scan import scan
+from trainer.run_dir import RunDir, is_alive
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *["a", "red", "green", "blue", "cat", "dog", "house", "on", "the", "grass", "under", "tree", "sky", "with", "of"],
+    "##s",
+    "araffe",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, one_thread) -> Path:
+    """A BLIP of random weights, 32 wide, in the files of a hub repository."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("blip")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    text = {**small, **special, "vocab_size": len(WORDS), "encoder_hidden_size": 32, "max_position_embeddings": 64}
+    torch.manual_seed(1)
+    model = BlipForConditionalGeneration(
+        BlipConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, initializer_factor=1.0)
+    )
+    for p in model.parameters():  # as made, its states are so small that every image gets the same words
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.5)
+    with torch.no_grad():  # words alone, no end: a random model may begin with it
+        model.text_decoder.cls.predictions.bias[:5] = -1000
+    model.save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(draw_pictures, tmp_path) -> Path:
+    """Five pictures of other colours and sizes, one in a folder within, none with a caption."""
+    root = draw_pictures(tmp_path / "images", [(64, 64), (96, 48), (48, 96), (64, 64)])
+    draw_pictures(root / "more", [(80, 40)], seed=5)
+    for path in root.rglob("*.txt"):
+        path.unlink()
+    return root
+
+
+def read(folder: Path) -> dict[str, str]:
+    """{image: caption} as the trainer reads them."""
+    found = scan([DataConfig(folder=folder)]).images
+    return {i.path.relative_to(folder).as_posix(): i.caption for i in found}
+
+
+def job(root: Path, *kinds: str) -> list[dict]:
+    return [e for e in events.read(root / "events.jsonl") if not kinds or e["type"] in kinds]
+
+
+def test_every_image_gets_the_caption_that_the_model_gives_it(model, folder, tmp_path):
+    root = tmp_path / "job"
+    assert caption(folder, root, settings={"source": str(model), "batch": 2, "max_tokens": 8}, device="cpu") == "finished"
+    texts = read(folder)
+    assert len(texts) == 5 and all(texts.values()) and len(set(texts.values())) > 1
+    told = job(root, "captioned")
+    assert {e["file"]: e["text"] for e in told} == texts and [e["done"] for e in told] == [1, 2, 3, 4, 5]
+    assert all(e["total"] == 5 and e["seconds"] >= 0 for e in told)
+    (started,) = job(root, "started")
+    assert (started["name"], started["total"], started["dtype"]) == ("blip", 5, "fp32") and len(started["reasons"]) == 3
+    assert job(root)[-1]["type"] == "finished" and not is_alive(RunDir(root))
+    asked = json.loads((root / "config.json").read_text())
+    assert (asked["folder"], asked["source"], asked["max_tokens"]) == (str(folder), str(model), 8)
+    assert not (root / "backup").exists() and not list(folder.rglob("*.tmp"))
+
+    # the words come from this model and this image: transformers alone says the same of one of them
+    from transformers import BertTokenizerFast, BlipForConditionalGeneration
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    pixels = BlipImageProcessorPil.from_pretrained(model)(Image.open(folder / "01.png"), return_tensors="pt").pixel_values
+    tokens = BlipForConditionalGeneration.from_pretrained(model).eval().generate(pixels, max_new_tokens=8, num_beams=3)
+    assert blip.tidy(BertTokenizerFast.from_pretrained(model).decode(tokens[0], skip_special_tokens=True)) == texts["01.png"]
+
+
+def test_what_stood_there_is_backed_up_and_only_missing_leaves_it_alone(model, folder, tmp_path):
+    root, settings = tmp_path / "job", {"source": str(model), "max_tokens": 4}
+    (folder / "00.txt").write_text("mine\n", encoding="utf-8")
+    (folder / "01.caption").write_text("also mine", encoding="utf-8")
+    (folder / "02.txt").write_text(" \n", encoding="utf-8")  # empty is missing
+    assert caption(folder, root, settings=settings, only_missing=True, device="cpu") == "finished"
+    assert {e["file"] for e in job(root, "captioned")} == {"02.png", "03.png", "more/00.png"}
+    assert (folder / "00.txt").read_text() == "mine\n" and read(folder)["01.png"] == "also mine"
+
+    assert caption(folder, root, settings=settings, device="cpu") == "finished"
+    texts = read(folder)
+    assert "mine" not in texts["00.png"] and "mine" not in texts["01.png"] and not (folder / "01.txt").exists()
+    assert (root / "backup" / "00.txt").read_text() == "mine\n" and (root / "backup" / "01.caption").read_text() == "also mine"
+    assert (root / "backup" / "more" / "00.txt").read_text().strip() == texts["more/00.png"]
+    seqs = [e["seq"] for e in job(root)]
+    assert seqs == list(range(len(seqs)))
+
+    (folder / "00.txt").write_text("mine again", encoding="utf-8")
+    caption(folder, root, settings=settings, device="cpu")
+    assert (root / "backup" / "00.txt").read_text() == "mine\n" and (root / "backup" / "00.txt.2").read_text() == "mine again"
+
+    kept = {p: p.read_bytes() for p in folder.rglob("*.txt")}
+    assert caption(folder, root, settings={"source": str(tmp_path / "gone")}, only_missing=True, device="cpu") == "finished"
+    assert job(root, "started")[-1]["total"] == 0 and {p: p.read_bytes() for p in folder.rglob("*.txt")} == kept
+
+
+def test_images_that_share_a_name_get_captions_of_their_own(model, folder, tmp_path):
+    Image.new("RGB", (64, 64), "red").save(folder / "00.jpg")
+    Image.new("RGB", (64, 64), "blue").save(folder / "03.webp")
+    (folder / "03.txt").write_text("of both", encoding="utf-8")
+    caption(folder, tmp_path / "job", settings={"source": str(model), "max_tokens": 4}, device="cpu")
+    for name in ("00.png.txt", "00.jpg.txt", "03.png.txt", "03.webp.txt", "01.txt"):
+        assert (folder / name).exists(), name
+    assert (folder / "03.txt").read_text() == "of both" and not (folder / "00.txt").exists()
+    assert read(folder) == {e["file"]: e["text"] for e in job(tmp_path / "job", "captioned")}
+
+
+def test_an_image_that_cannot_be_read_is_passed_over(model, folder, tmp_path):
+    whole = (folder / "01.png").read_bytes()
+    (folder / "01.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "02.png").write_bytes(b"no image")
+    root = tmp_path / "job"
+    assert caption(folder, root, settings={"source": str(model), "max_tokens": 4, "batch": 1}, device="cpu") == "finished"
+    assert {e["file"] for e in job(root, "captioned")} == {"00.png", "03.png", "more/00.png"}
+    warned = [e["text"] for e in job(root, "warning") if "passed over" in e["text"]]
+    assert [w.split()[0] for w in warned] == ["01.png", "02.png"] and job(root)[-1]["skipped"] == 2
+    assert not (folder / "01.txt").exists()
+
+
+def test_a_stop_ends_after_the_batch_and_only_missing_goes_on(model, folder, tmp_path):
+    root, settings = tmp_path / "job", {"source": str(model), "max_tokens": 4, "batch": 2}
+
+    def show(event):
+        if event["type"] == "captioned" and event["done"] == 1:
+            control.send(RunDir(root), "stop")
+
+    assert caption(folder, root, settings=settings, device="cpu", show=show) == "stopped"
+    assert len(job(root, "captioned")) == len(list(folder.rglob("*.txt"))) == 2
+    assert [e["type"] for e in job(root)][-2:] == ["answered", "stopped"] and not list((root / "control").glob("*.json"))
+    first = {p: p.read_bytes() for p in folder.rglob("*.txt")}
+    assert caption(folder, root, settings=settings, only_missing=True, device="cpu") == "finished"
+    assert job(root, "started")[-1]["total"] == 3 and all(read(folder).values())
+    assert all(p.read_bytes() == raw for p, raw in first.items())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no polite kill")
+def test_a_polite_kill_stops_the_command(model, draw_pictures, tmp_path):
+    folder = draw_pictures(tmp_path / "images", [(64, 64)] * 300)
+    root = tmp_path / "job"
+    words = [sys.executable, "-m", "trainer", "caption", folder, "--source", model, "--run-dir", root, "--batch", "1", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        list(map(str, words)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 100
+    while not job(root, "captioned") and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert is_alive(RunDir(root))
+    process.terminate()
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, out
+    assert job(root)[-1]["type"] == "stopped" and 0 < len(job(root, "captioned")) < 300
+    assert not is_alive(RunDir(root)) and "Captions that were there before" in out and "1 of 300: 00.png: " in out
+
+
+def test_what_cannot_caption_is_refused_with_a_sentence(model, folder, tmp_path, capsys):
+    def copy(name: str, leave: str = "", **changes: object) -> Path:
+        target = tmp_path / name
+        target.mkdir()
+        for path in model.iterdir():
+            if path.name != leave:
+                (target / path.name).write_bytes(path.read_bytes())
+        if changes:
+            config = json.loads((target / "config.json").read_text())
+            (target / "config.json").write_text(json.dumps(config | changes))
+        return target
+
+    pickle = copy("pickle", "model.safetensors")
+    (pickle / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    torn = copy("torn")
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
+    expected = {
+        pickle: ["pytorch_model.bin is a pickle and is not opened", blip.DEFAULT],
+        torn: ["model.safetensors", str(torn)],
+        copy("empty", "model.safetensors"): ["model.safetensors is missing"],
+        copy("words", "vocab.txt"): ["vocab.txt"],
+        copy("processor", "preprocessor_config.json"): ["preprocessor_config.json is missing"],
+        copy("other", model_type="clip", architectures=["CLIPModel"]): ["clip (CLIPModel)", "Give a BLIP captioning model"],
+        tmp_path / "none": ["there is no such folder", blip.DEFAULT],
+        folder / "00.png": ["which is a file"],
+    }
+    for n, (source, words) in enumerate(expected.items()):
+        root = tmp_path / f"job-{n}"
+        assert program.main(["caption", str(folder), "--source", str(source), "--run-dir", str(root), "--device", "cpu"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("Error: ") and all(w in error for w in words), error
+        failed = job(root)[-1]
+        assert failed["type"] == "failed" and all(w in failed["text"] for w in words) and not is_alive(RunDir(root))
+    assert not list(folder.rglob("*.txt"))
+    for wrong, words in ((tmp_path / "nowhere", "does not exist"), (tmp_path / "job-0", "has no image")):
+        assert program.main(["caption", str(wrong), "--source", str(model), "--run-dir", str(tmp_path / "job"), "--device", "cpu"]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_of_the_hub_only_the_needed_files_are_fetched_and_never_a_pickle():
+    class Sibling:
+        def __init__(self, name):
+            self.rfilename = name
+
+    def wanted(*names):
+        return {f.rfilename for f in blip._wanted("a/b", [Sibling(n) for n in names])}
+
+    needed = {"config.json", "preprocessor_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    others = {"pytorch_model.bin", "tf_model.h5", "vocab.txt", "README.md", ".gitattributes", "onnx/model.safetensors"}
+    assert wanted(*needed, *others) == needed
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
+        wanted(*(needed | others) - {"model.safetensors"})
+
+
+def test_the_registry_is_free_of_torch_and_a_caption_is_tidied():
+    code = "import sys, trainer.captioners, trainer.captioners.job; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr
+    assert CAPTIONERS["blip"].config().source == blip.DEFAULT
+    assert blip.tidy("arafed  cat on a\nhouse , araffes dog") == "cat on a house , dog"

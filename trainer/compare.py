@@ -1,0 +1,442 @@
+"""`python -m trainer compare RUN_DIR`: what a run's exported LoRAs do, measured and in pictures, as a job in RUN_DIR/results/.
+
+The job's folder follows the protocol of a run's (trainer/job.py). Beside it stand the pictures and results.json:
+
+    pair         {prompt, without, with, file, step}: file names of two pictures from one seed
+    matrix       {prompts, strengths, rows: [{file, step, cells: [[picture per strength] per prompt]}]}
+    scores       [{file, step, gain, drift}], by step
+    recommended  {file, step, why}
+    hints        [sentences]
+    measured     what the hints rest on: {gain_at: {strength: gain}, drift_at: {strength: drift}, variety, file}, of the last file
+
+results.json is replaced as a whole when each part is there, so that a page fills while the job works.
+
+Events besides the frame's: `stage` (name: loading | measuring | drawing), `started` (name, total, device, dtype, reasons),
+`scored` and `picture` (done, total, file; scored also step, gain, drift), `warning` (text).
+
+## What is measured
+
+gain    1 - loss / loss of the base alone: of the fixed-noise loss (trainer/validation.py) on held-out images where there are some,
+        else on training images. 0: nothing learnt; 1 can't be reached, since noise can't be told in full.
+drift   how far prompts without the trigger move: the mean square of (prediction with the LoRA - prediction of the base) on fixed
+        noise over pictures that the base itself made of GENERIC prompts, divided by the mean square of (the base's prediction with
+        the prompt - without any). At 1 the LoRA pushes these pictures as hard as their own prompt does.
+variety the mean distance between four pictures (seeds) of one prompt with the trigger (grey, 16 x 16), divided by the same of the
+        base and generic prompts: four seeds of one prompt differ by pose and place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import events, plan, randomness
+from trainer.config import TrainConfig
+from trainer.data.captions import contains
+from trainer.job import Job, Show, work
+from trainer.run_dir import RunDir, RunError, replace, write_json
+
+if TYPE_CHECKING:
+    from trainer.generate import Studio
+
+STRENGTHS = (0.6, 0.8, 1.0)
+ROWS = 6  # checkpoints in the matrix
+SCORED = 12  # files that get scores, evenly chosen where there are more
+GENERIC = (
+    "a cat on the grass",
+    "a red car on a road",
+    "a house by the sea",
+    "a tree in the snow",
+    "a blue fish on a white background",
+    "a brown bear at night",
+    "a big yellow star",
+    "a bowl of fruit on a table",
+)
+NINE_TENTHS = 0.9
+DRIFT_LIMIT = 20.0
+LESS_VARIETY = 0.2
+WEAKER_IS_BETTER = 1.02
+STRONGER_IS_BETTER = 1.05
+STOP_WORDS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "on",
+        "in",
+        "at",
+        "by",
+        "with",
+        "and",
+        "or",
+        "to",
+        "from",
+        "is",
+        "are",
+        "it",
+        "its",
+        "his",
+        "her",
+        "their",
+        "this",
+        "that",
+    ]
+)
+
+
+def compare(root: Path, *, device: str = "auto", show: Show = lambda event: None) -> str:
+    """Measure and draw what the LoRAs of the run in `root` do, into `root`/results; returns "finished" or "stopped".
+
+    Raises ValueError with a sentence for what the user can mend.
+    """
+    run = RunDir(root)
+    if not run.config.exists():
+        raise RunError(f"There is no run in {run.root}: config.json is missing. Give the folder of a run.")
+    return work(
+        run.root / "results", {"job": "compare", "run": str(run.root), "device": device}, lambda job: _compare(job, run, device), show
+    )
+
+
+def _compare(job: Job, run: RunDir, device: str) -> dict[str, Any]:
+    job.emit("stage", name="loading")
+    try:
+        config = TrainConfig.model_validate_json(run.config.read_text(encoding="utf-8"))
+    except ValueError:
+        raise RunError(f"{run.config} cannot be read as this version's settings. Compare by hand: python -m trainer generate.") from None
+    files = exported(run)
+    if not files:
+        raise RunError(f"The run in {run.root} has exported no LoRA yet. Let it finish, or save one while it runs.")
+
+    from trainer.generate import Studio
+
+    def say(text: str) -> None:
+        job.emit("stage", name="loading", text=text)
+
+    model = config.model
+    studio: Studio = job.wait(lambda: Studio(model.source, device=device, say=say, prediction=model.prediction))
+    laid = plan.make(config, studio.native)
+    prompts, plain = choose_prompts(config, laid)
+    scored, shown = spread(files, SCORED), spread(files, ROWS)
+    pose = prompts[min(1, len(prompts) - 1)]
+    total = 3 + len(scored) + 2 + len(shown) * len(prompts) * len(STRENGTHS)  # three more measures of the last file; two pictures
+    hardware = studio.hardware
+    start = {"name": config.output.name, "total": total, "device": hardware.name, "dtype": hardware.dtype}
+    job.emit("started", **start, reasons=list(hardware.reasons))
+    done = 0
+
+    def count(kind: str, **fields: Any) -> None:
+        nonlocal done
+        done += 1
+        job.emit(kind, done=done, total=total, **fields)
+        job.check()
+
+    # 1. scores
+    job.emit("stage", name="measuring")
+    measure = Measure(studio, config, laid, plain, job.check)
+    found: dict[str, Any] = {"pair": None, "matrix": None, "scores": [], "recommended": None, "hints": []}
+
+    def keep() -> None:
+        write_json(job.run.root / "results.json", found)
+
+    for step, path in scored:
+        studio.wear(path)
+        gain, drift = measure.gain(), measure.drift()
+        found["scores"].append({"file": path.name, "step": step, "gain": round(gain, 4), "drift": round(drift, 4)})
+        count("scored", **found["scores"][-1])
+    has_trigger = bool(told_words(config, laid))
+    best = found["recommended"] = recommend(found["scores"], has_trigger)
+    last_step, last = scored[-1]
+    measured: dict[str, Any] = {
+        "file": last.name,
+        "gain_at": {"1.0": found["scores"][-1]["gain"]},
+        "drift_at": {"1.0": found["scores"][-1]["drift"]},
+    }
+    for strength in (0.6, 1.3):
+        studio.wear(last, strength)
+        measured["gain_at"][f"{strength}"] = round(measure.gain(), 4)
+        measured["drift_at"][f"{strength}"] = round(measure.drift(), 4)
+        count("scored", file=last.name, step=last_step, strength=strength)
+    studio.wear(last)
+    measured["variety"] = round(measure.variety(pose), 3)
+    count("scored", file=last.name, step=last_step, variety=measured["variety"])
+    found["measured"] = measured
+    found["hints"] = hints(measured, has_trigger=has_trigger)
+
+    # 2. pictures
+    job.emit("stage", name="drawing")
+    drawn: set[str] = set()
+    size = picture_size(config, laid)
+    look = {"negative": config.preview.negative, "steps": config.preview.steps, "guidance": config.preview.guidance}
+
+    def draw(which: Sequence[int], names: Sequence[str]) -> None:
+        """Pictures of the prompts `which`, as the studio stands, saved as `names`."""
+        seeds = [config.preview.seed + k for k in which]
+        for name, image in zip(names, studio.sample([prompts[k] for k in which], seeds, size=size, tick=job.check, **look), strict=True):
+            save(image, job.run.root / name)
+            drawn.add(name)
+            count("picture", file=name)
+
+    studio.wear(None)
+    first = min(1, len(prompts) - 1)  # the trigger in a new place: what was learnt, not what was seen
+    draw([first], ["without.png"])
+    chosen = next(path for _, path in files if path.name == best["file"])
+    studio.wear(chosen)
+    draw([first], ["with.png"])
+    pair = {"prompt": prompts[first], "without": "without.png", "with": "with.png", "file": best["file"], "step": best["step"]}
+    found["pair"] = pair
+    keep()
+    rows: list[dict[str, Any]] = []
+    for step, path in shown:
+        cells: list[list[str]] = [[] for _ in prompts]
+        for strength in STRENGTHS:
+            studio.wear(path, strength)
+            names = [f"{step:06d}-{k + 1}-{strength}.png" for k in range(len(prompts))]
+            draw(range(len(prompts)), names)
+            for k, name in enumerate(names):
+                cells[k].append(name)
+        rows.append({"file": path.name, "step": step, "cells": cells})
+        found["matrix"] = {"prompts": list(prompts), "strengths": list(STRENGTHS), "rows": list(rows)}
+        keep()
+    for old in job.run.root.glob("*.png"):  # of an earlier comparison
+        if old.name not in drawn:
+            old.unlink()
+    return {"recommended": best["file"]}
+
+
+# ---- what is compared -------------------------------------------------------------------------------------------------------------
+
+
+def exported(run: RunDir) -> list[tuple[int, Path]]:
+    """(step, file) of every LoRA that a run has exported and that is still there, by step; where two have one step, the final one."""
+    found: dict[str, tuple[int, bool]] = {}
+    for event in events.read(run.events):
+        if event["type"] == "exported":
+            found[event["file"]] = event["step"], event["final"]
+    by_step: dict[int, Path] = {}
+    for name, (step, _) in sorted(found.items(), key=lambda entry: entry[1]):
+        if (run.root / name).is_file():
+            by_step[step] = run.root / name
+    return sorted(by_step.items())
+
+
+def spread(files: Sequence[tuple[int, Path]], most: int) -> list[tuple[int, Path]]:
+    """At most `most` of the files, evenly chosen, the first and the last among them."""
+    if len(files) <= most:
+        return list(files)
+    return [files[round(k * (len(files) - 1) / (most - 1))] for k in range(most)]
+
+
+def told_words(config: TrainConfig, laid: plan.Plan) -> tuple[str, ...]:
+    """The words by which the concept is called: the triggers, or else the words that stand in every caption."""
+    if triggers := tuple(dict.fromkeys(d.trigger for d in config.data if d.trigger)):
+        return triggers
+    words = [{w for w in _words(image.caption) if w not in STOP_WORDS} for image in laid.images]
+    return tuple(sorted(set.intersection(*words))) if len(words) > 1 else ()
+
+
+def choose_prompts(config: TrainConfig, laid: plan.Plan) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(at most three prompts to draw, generic prompts to measure drift by).
+
+    Drawn are a training-like caption, the trigger in a new place and one prompt without it. No generic prompt has a word of the
+    trigger or class in it.
+    """
+    made = plan.preview_prompts(config, laid.images)
+    told = told_words(config, laid)
+    own = [*told, *(w for d in config.data for w in _words(d.class_word))]
+    plain = tuple(p for p in GENERIC if not any(contains(p, word) for word in own)) or GENERIC
+    without = [p for p in made if told and not any(contains(p, word) for word in told)]
+    with_it = [p for p in made if p not in without]
+    third = (without or [plain[0]])[:1] if told else []
+    return tuple(dict.fromkeys([*with_it[: 3 - len(third)], *third])), plain
+
+
+def picture_size(config: TrainConfig, laid: plan.Plan) -> tuple[int, int]:
+    """(width, height) as the run's previews have it."""
+    biggest = next(iter(laid.buckets()))
+    return config.preview.width or biggest[0], config.preview.height or biggest[1]
+
+
+def save(image: Any, path: Path) -> None:
+    temp = path.with_name(f".{path.name}.tmp")
+    image.save(temp, "PNG")
+    replace(temp, path)
+
+
+def _words(text: str) -> list[str]:
+    return [w for w in "".join(c if c.isalnum() else " " for c in text.lower()).split() if w]
+
+
+# ---- measures -----------------------------------------------------------------------------------------------------------------------
+
+
+class Measure:
+    """Gain, drift and variety of a studio as it stands, on draws that are the same at each measurement. Made with no LoRA on."""
+
+    IMAGES, DRAWS, DRIFT_DRAWS = 8, 4, 4
+
+    def __init__(self, studio: Studio, config: TrainConfig, laid: plan.Plan, plain: Sequence[str], check: Callable[[], None]) -> None:
+        import torch
+
+        from trainer.validation import FixedLoss
+
+        self.studio, self.config, self.check = studio, config, check
+        models, family = studio.models, studio.family
+        images, placements = (laid.held_out, laid.held_out_placements) if laid.held_out else (laid.images, laid.placements)
+        chosen = sorted(randomness.host(config.train.seed, 0, "compare").sample(range(len(images)), min(self.IMAGES, len(images))))
+        self.fixed = FixedLoss(
+            family,
+            models,
+            [images[k] for k in chosen],
+            [placements[k] for k in chosen],
+            background=config.dataset.background,
+            draws=self.DRAWS,
+            seed=config.train.seed,
+            text_trains=True,  # a LoRA may be on the text encoder: captions are encoded anew at each measurement
+        )
+        self.base_loss = self.fixed.measure(_Worn())
+        self.size = picture_size(config, laid)
+        pictures = studio.sample(plain, [100 + k for k in range(len(plain))], steps=12, guidance=5.0, size=self.size, tick=check)
+        with torch.no_grad():
+            latents = torch.cat([family.encode(models, _pixels(p).to(models.device))[0] for p in pictures])
+            generator = torch.Generator().manual_seed(randomness.key(config.train.seed, 0, "drift"))
+            length, draws = len(models.alphas_cumprod), self.DRIFT_DRAWS
+            self.tokens = family.tokenize(models, plain).to(models.device)
+            self.rows = []  # (noisy latents, t, prediction of the base), a draw of all prompts each
+            spread = 0.0
+            empty = family.encode_text(models, family.tokenize(models, [""] * len(plain)).to(models.device))
+            for draw in range(draws):
+                noise = torch.randn(latents.shape, generator=generator).to(models.device)
+                order = [(k * draws + draw + 0.5) / (len(plain) * draws) for k in range(len(plain))]
+                t = torch.tensor([int(share * length) for share in order], device=models.device)
+                noisy, _ = family.process(models, latents, noise, t)
+                base = self._predict(noisy, t)
+                spread += float((base - self._one_by_one(noisy, t, empty)).square().mean())
+                self.rows.append((noisy, t, base))
+            self.spread = spread / draws
+        self.base_variety = sum(self._distance(p) for p in plain[:2]) / 2
+
+    def gain(self) -> float:
+        """Share of the base's loss on images of the concept that the LoRA takes away; negative where it adds."""
+        self.check()
+        return 1 - self.fixed.measure(_Worn()) / self.base_loss
+
+    def drift(self) -> float:
+        """How hard the LoRA pushes prompts without the trigger, in units of what their own words do."""
+        import torch
+
+        self.check()
+        with torch.no_grad():
+            moved = [float((self._predict(noisy, t) - base).square().mean()) for noisy, t, base in self.rows]
+        return sum(moved) / len(moved) / self.spread
+
+    def variety(self, prompt: str) -> float:
+        """How different four pictures of `prompt` are, by how different the base's of a generic prompt are."""
+        return self._distance(prompt) / max(self.base_variety, 1e-6)
+
+    def _distance(self, prompt: str) -> float:
+        import itertools
+
+        import numpy as np
+
+        look = self.config.preview
+        images = self.studio.sample(
+            [prompt] * 4, [200 + k for k in range(4)], steps=12, guidance=look.guidance, size=self.size, tick=self.check
+        )
+        small = [np.asarray(i.convert("L").resize((16, 16)), dtype=np.float32) for i in images]
+        return float(np.mean([np.abs(a - b).mean() for a, b in itertools.combinations(small, 2)]))
+
+    def _predict(self, noisy: Any, t: Any) -> Any:
+        return self._one_by_one(noisy, t, self.studio.family.encode_text(self.studio.models, self.tokens))
+
+    def _one_by_one(self, noisy: Any, t: Any, cond: Any) -> Any:
+        """Predictions for all rows, in pieces that fit into memory."""
+        import torch
+
+        from trainer.validation import BATCH_PIXELS
+
+        size = max(1, BATCH_PIXELS // (self.size[0] * self.size[1]))
+        pieces = torch.arange(len(noisy), device=noisy.device).split(size)
+        return torch.cat([self.studio.family.predict(self.studio.models, noisy[p], t[p], cond.rows(p)) for p in pieces])
+
+
+class _Worn:
+    """What FixedLoss needs of an adapter, for one that diffusers has put on the model: dropout is off already."""
+
+    def train(self, on: bool) -> None:
+        pass
+
+
+def _pixels(image: Any) -> Any:
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+# ---- what follows from them ---------------------------------------------------------------------------------------------------------
+
+
+def learnt(gain: float) -> float:
+    """How much a file has learnt, from its gain: the logarithm of (loss of the base / its loss).
+
+    The first part of a gain comes cheap (the look of the pictures), the last part is the subject: on the demo's zorp a third of the
+    way to the least loss is made before any zorp shows. For small gains, as on SD1.5, it is the gain itself.
+    """
+    return -math.log(max(1e-6, 1 - gain))
+
+
+def recommend(scores: Sequence[dict[str, Any]], has_trigger: bool) -> dict[str, Any]:
+    """{file, step, why}: the earliest file with nine tenths of the most that any learnt, before prompts without the trigger drift.
+
+    Where the drift comes first: the one that learnt most before it, if that is at least half. Without a trigger (a style that is
+    meant to show everywhere) drift is no fault. `scores` are sorted by step and not empty.
+    """
+
+    def choice(score: dict[str, Any], why: str) -> dict[str, Any]:
+        return {"file": score["file"], "step": score["step"], "why": why}
+
+    most = max(learnt(s["gain"]) for s in scores)
+    if most <= 0:
+        return choice(scores[-1], "No file lowers the loss on your images, so nothing was learnt yet; this is the last one.")
+    first = next(s for s in scores if learnt(s["gain"]) >= NINE_TENTHS * most)
+    if not has_trigger:
+        return choice(first, "The earliest with nine tenths of what the best file has learnt; the later ones add little.")
+    if first["drift"] <= DRIFT_LIMIT:
+        return choice(
+            first, "The earliest with nine tenths of what the best file has learnt; pictures without the trigger word stay as they were."
+        )
+    calm = [s for s in scores if s["drift"] <= DRIFT_LIMIT and learnt(s["gain"]) >= most / 2]
+    if calm:
+        best = max(calm, key=lambda s: s["gain"])
+        share = learnt(best["gain"]) / most
+        return choice(
+            best, f"It has {share:.0%} of what the best file has learnt; the later ones change pictures without the trigger word too."
+        )
+    return choice(first, "The earliest that has learnt the subject; like the later ones, it changes pictures without the trigger word too.")
+
+
+def hints(measured: dict[str, Any], *, has_trigger: bool) -> list[str]:
+    """Sentences on what to do next, each from a measured quantity of the last file; see the top of this module for the thresholds."""
+    said = []
+    gain, drift = measured["gain_at"], measured["drift_at"]
+    file = measured["file"]
+    weaker_is_better = learnt(gain["0.6"]) > WEAKER_IS_BETTER * learnt(gain["1.0"])
+    spills = has_trigger and drift["1.0"] > DRIFT_LIMIT
+    if max(gain.values()) <= 0:
+        return [f"{file} has learnt nothing that shows in the loss: raise the learning rate or train further."]
+    if weaker_is_better or (spills and drift["0.6"] <= DRIFT_LIMIT):
+        said.append(f"{file} is good only below a strength of about 0.7: it is over-trained. Take an earlier one.")
+    elif spills:
+        said.append(
+            f"With {file}, what it learnt appears in pictures without the trigger word, even at strength 0.6: it is over-trained. Take an earlier one."
+        )
+    if learnt(gain["1.3"]) > STRONGER_IS_BETTER * learnt(gain["1.0"]):
+        said.append(f"{file} gets better above a strength of 1.2: train further (+50 %), or raise the learning rate.")
+    if measured["variety"] < LESS_VARIETY:
+        said.append(
+            f"Pictures by {file} resemble each other: the same pose everywhere asks for more variety in the images, not for more steps."
+        )
+    return said
