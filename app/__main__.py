@@ -28,7 +28,7 @@ from app.paths import Home
 from trainer.run_dir import Lock, RunDir, RunError, write_json
 
 PORT, TRIES = 7865, 20
-EXPOSED = """It listens beyond this machine, at:
+EXPOSED = """It lets others in, at:
 {addresses}
 Whoever reaches it and knows the password can see your images and captions, start and delete trainings, read model files and folders of
 this machine by naming them, and use its GPU and disk. There is no encryption: the password and all pictures can be read on the way.

@@ -260,6 +260,7 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Log in - LoRA Atelier</title>
+<link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; --back: #f8fafc; --card: #fff; --text: #0f172a; --line: #94a3b8; --accent: #4f46e5; --bad: #b91c1c; }
 @media (prefers-color-scheme: dark) {
@@ -267,7 +268,7 @@ PAGE = """<!doctype html>
 }
 body { margin: 0; min-height: 100vh; display: grid; place-items: center; background: var(--back); color: var(--text);
        font: 16px/1.5 system-ui, sans-serif; }
-main { width: min(20rem, 100vw - 4rem); padding: 2rem; background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
+main { box-sizing: border-box; width: min(24rem, 100vw - 2rem); padding: 2rem; background: var(--card); border: 1px solid var(--line); border-radius: 12px; }
 h1 { margin: 0 0 1rem; font-size: 1.25rem; }
 input, button { box-sizing: border-box; width: 100%; padding: .6rem .75rem; font: inherit; border-radius: 8px; }
 input { margin: .25rem 0 1rem; color: inherit; background: transparent; border: 1px solid var(--line); }

@@ -576,9 +576,10 @@ class Dataset:
 
     # ---- captioning
 
-    def set_caption_job(self, folder: Path, style: str) -> None:
+    def set_caption_job(self, folder: Path | None, style: str = "") -> None:
+        """Remember the folder of the captioning that was asked for last; None forgets it."""
         with self.lock:
-            self._save(self.read() | {"caption_job": {"folder": str(folder), "style": style}})
+            self._save(self.read() | {"caption_job": {"folder": str(folder), "style": style} if folder else None})
 
     def caption_job(self, runner: Any) -> dict[str, Any] | None:
         """The last captioning as the draft view's `caption_job`, None where there was none. `runner` has `look(folder)`."""

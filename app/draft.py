@@ -155,11 +155,6 @@ def new(home: Home) -> dict[str, Any]:
         return _save(home, _fresh(home) | {"model": "" if before["example"] else before["model"], "revision": before["revision"] + 1})
 
 
-def can_undo_new(home: Home) -> bool:
-    """Whether there is a draft that `undo_new` would bring back."""
-    return _previous(home).exists()
-
-
 def _before(home: Home) -> dict[str, Any] | None:
     """What `undo_new` would bring back, or None where there is none or its data set is gone."""
     try:
@@ -221,7 +216,6 @@ def from_run(home: Home, run: Path, start: bool = False) -> dict[str, Any]:
         taken = _take(values, _blank(data.id), nearest=True)
         data.add_folder(images, undoable=False)
         taken["example"] = taken["model"] == "demo"
-        taken["name"] = config.output.title or taken["name"]
         if start:
             taken["changes"]["adapter.start"] = str(lora)
         else:
@@ -548,8 +542,6 @@ def _take(raw: dict[str, Any], draft: Mapping[str, Any], nearest: bool = False) 
             key=lambda n: len(changes(n)),
         )
     new["changes"] = changes(preset)
-    if new["changes"].get("output.title") == draft["name"]:
-        new["changes"].pop("output.title")
     if "model" in raw and "source" in raw["model"]:
         new["model"] = config.model.source
     if "data" in raw:
@@ -557,6 +549,8 @@ def _take(raw: dict[str, Any], draft: Mapping[str, Any], nearest: bool = False) 
         new["trigger_follows"] = draft["trigger_follows"] and entry.trigger == draft["trigger"]
     if "output" in raw and "name" in raw["output"] and config.output.name != slug(draft["name"]):
         new["name"] = config.output.name
+    if config.output.title and slug(config.output.title) == slug(new["name"]):  # the title is the name as it was typed
+        new["name"] = new["changes"].pop("output.title", config.output.title)
     new["preset"] = preset
     if new["model"] != "demo":
         new["example"] = False

@@ -102,7 +102,7 @@ def _look(path: Path, digest: str, cache: Path) -> Look:
         with _alone_if(pixels):
             transparent = image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
     with _alone_if(pixels):
-        rgb = open_rgb(path)
+        rgb = open_rgb(path, least=2 * SHARP_SIDE)
     small = _fit(rgb, THUMB)
     _save(small, _picture(cache, digest, THUMB), THUMB)
     return Look(sharpness(rgb), difference_hash(small), small.resize((8, 8), Resampling.BOX).tobytes(), transparent, animated, mode)
@@ -197,7 +197,7 @@ def version(path: Path, digest: str, side: int, cache: Path) -> Path:
     target = _picture(cache, digest, side)
     if not target.exists():
         try:
-            _save(_fit(open_rgb(path), side), target, side)
+            _save(_fit(open_rgb(path, least=side), side), target, side)
         except DAMAGED as error:
             raise Problem(f"{path.name} cannot be shown: {error}. Copy it again, or remove it.", 404) from None
     return target

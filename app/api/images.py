@@ -253,6 +253,10 @@ def cancel(request: Request) -> dict[str, Any]:
     data = current(context.home)
     if folder := _captioning(context, data):
         context.runner.cancel(folder)
+        if context.runner.look(folder).state == "none":  # it had only waited: as if it had never been asked for
+            data.set_caption_job(None)
+            if data.undo_label().startswith(CAPTIONING):
+                data.undo()
     return view(request)
 
 

@@ -11,7 +11,7 @@ const ACTIONS = [
   ["replace", "Find and replace", "Find", "Replace with"],
   ["prepend", "Add at the beginning", null, "Text"],
   ["append", "Add at the end", null, "Text"],
-  ["remove_tag", "Remove a tag", null, "Tag"],
+  ["remove_tag", "Remove a tag", "Tag", null],
   ["clear", "Clear them", null, null],
 ];
 
@@ -91,18 +91,21 @@ export function captionsSection(page) {
   function drawBulk() {
     const [, , a, b] = ACTIONS.find(([value]) => value === action.control.value);
     find.node.hidden = !a;
+    find.node.querySelector("label").textContent = a || "Find";
     text.node.hidden = !b;
     text.node.querySelector("label").textContent = b || "Text";
     const n = wanted().length;
     apply.textContent = tag || bare ? `Apply to the ${n} shown` : `Apply to ${n === 1 ? "the caption" : `all ${n}`}`;
   }
-  async function bulk(what = action.control.value, words = text.control.value, only = tag || bare ? wanted().map((i) => i.id) : null) {
+  async function bulk(what = action.control.value, look = find.control.value, only = tag || bare ? wanted().map((i) => i.id) : null) {
     text.error("");
     find.error("");
-    if (what === "replace" && !find.control.value) return find.error("Type what to look for.");
-    if (["prepend", "append", "remove_tag"].includes(what) && !words.trim()) return text.error(what === "remove_tag" ? "Type the tag, or click it in the list of tags." : "Type the text to add.");
+    const words = text.control.value;
+    if (what === "replace" && !look) return find.error("Type what to look for.");
+    if (what === "remove_tag" && !look.trim()) return find.error("Type the tag, or click it in the list of tags.");
+    if ((what === "prepend" || what === "append") && !words.trim()) return text.error("Type the text to add.");
     if (what === "trigger_first" && !draft.value("trigger")) return page.go("trigger");
-    const answer = await attempt(() => draft.changeImages(() => post("/images/captions", { action: what, find: find.control.value, text: words, ids: only })));
+    const answer = await attempt(() => draft.changeImages(() => post("/images/captions", { action: what, find: look, text: words, ids: only })));
     if (!answer) return;
     toast(answer.changed ? plural(answer.changed, "caption") + " changed." : "No caption had to be changed.", answer.changed ? ["Undo", () => undo(draft)] : null);
   }
@@ -131,9 +134,9 @@ export function captionsSection(page) {
       return node;
     });
     tagLine.hidden = !tag;
-    if (tag && tagLine.dataset.tag !== tag) fill(tagLine, h("span", {}, `Shown: the captions with “${tag}”.`),
+    if (tag && tagLine.dataset.shown !== tag) fill(tagLine, h("span", {}, `Shown: the captions with “${tag}”.`),
       button("Remove this tag from them", () => { const gone = tag; tag = ""; bulk("remove_tag", gone, null); }, { kind: "link" }), button("Show all captions", () => { tag = ""; draw(); }, { kind: "link" }));
-    tagLine.dataset.tag = tag;
+    tagLine.dataset.shown = tag;
   }
 
   // One by one

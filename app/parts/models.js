@@ -56,7 +56,7 @@ export function modelsSection(page) {
 
     const m = view.model, listed = models.some((x) => x.source === source);
     chosen.hidden = !(view.model_error || (m && (!listed || m.warning || m.toy)));
-    chosen.className = "nl-chosen la-note" + (view.model_error ? " la-note-bad" : m?.warning ? " la-note-warn" : "");
+    chosen.className = "nl-chosen la-note" + (view.model_error ? " la-note-bad" : m?.warning && !m.toy ? " la-note-warn" : "");
     fill(chosen, view.model_error || (m && [!listed && [h("b", {}, "Chosen: " + m.name), ` – ${words(m)}. `], m.toy
       ? "The built-in example: a toy that knows nothing but small drawn shapes, made to try everything out in minutes. Choose a model of your own for real pictures."
       : m.warning && sentence(m.warning)]));
@@ -107,6 +107,7 @@ export function modelsSection(page) {
 }
 
 function words(m) {
+  if (m.toy) return "a toy model for trying things out";
   return [m.trainable ? m.title || m.what : sentence(m.what).replace(/\.$/, ""), m.size_gb ? (m.size_gb >= 1 ? m.size_gb.toFixed(1) + " GB" : Math.round(m.size_gb * 1000) + " MB") : "", m.where].filter(Boolean).join(" · ");
 }
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");

@@ -266,7 +266,8 @@ def test_a_captioning_is_queued_watched_cancelled_and_undone(client, home, runne
     client.post("/api/images/caption", json={"style": "sentences", "which": "all"})
     assert "--only-missing" not in runner.jobs.list()[0].words
     view = client.post("/api/images/caption/cancel").json()
-    assert runner.jobs.list() == [] and view["caption_job"]["state"] == "lost"
+    assert runner.jobs.list() == [] and view["caption_job"] is None
+    assert client.get("/api/images").json()["undo"] != "Caption 2 images"
     assert client.post("/api/images/caption/cancel").status_code == 200
 
 

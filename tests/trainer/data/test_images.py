@@ -220,3 +220,11 @@ def test_crop_outside_the_image_is_refused():
 def test_importing_the_data_modules_loads_no_torch():
     code = "import sys, trainer.data.scan, trainer.data.buckets, trainer.data.captions; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0
+
+
+def test_a_large_jpeg_may_come_smaller_and_looks_the_same(tmp_path):
+    PIL.Image.linear_gradient("L").resize((1600, 800)).convert("RGB").save(tmp_path / "a.jpg", quality=95)
+    whole, part = open_rgb(tmp_path / "a.jpg"), open_rgb(tmp_path / "a.jpg", least=150)
+    assert whole.size == (1600, 800) and part.size == (400, 200)
+    assert np.abs(np.asarray(whole.resize((400, 200)), int) - np.asarray(part, int)).max() < 6
+    assert open_rgb(tmp_path / "a.jpg", least=900).size == (1600, 800)

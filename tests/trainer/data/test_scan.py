@@ -336,3 +336,18 @@ def test_a_pipe_does_not_hang_the_scan(tmp_path):
 
 def test_no_folders_no_images():
     assert scan([]).images == ()
+
+
+def test_an_unchanged_file_is_read_once_and_a_changed_one_again(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.png", (40, 30), "x")
+    first = scan_folder(tmp_path).images
+    opened = []
+    real = PIL.Image.open
+    monkeypatch.setattr(PIL.Image, "open", lambda file, *a, **k: opened.append(file) or real(file, *a, **k))
+    assert scan_folder(tmp_path).images == first and opened == []
+    path.rename(tmp_path / "b.png")
+    assert scan_folder(tmp_path, trigger="x").images[0].digest == first[0].digest and opened == []
+    write(tmp_path / "b.png", (50, 30))
+    assert scan_folder(tmp_path, trigger="x").images[0].width == 50 and len(opened) == 1
+    (tmp_path / "b.png").write_bytes(b"damaged")
+    assert len(problems(tmp_path)) == 1 and len(problems(tmp_path)) == 1
