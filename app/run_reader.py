@@ -14,6 +14,7 @@ import json
 import os
 import re
 import threading
+import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,15 +40,32 @@ def folders(home: Home, settings: Settings) -> dict[str, Path]:
     """Every run folder by its id, the folder's name; of two of one name, in two places, the second has `~2` at its end."""
     found: dict[str, Path] = {}
     for parent in dict.fromkeys([home.runs, *(Path(p).expanduser().resolve() for p in settings.run_folders)]):
-        with contextlib.suppress(OSError), os.scandir(parent) as entries:
-            for name in sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")):
-                folder = parent / name
-                if (folder / "config.json").exists() or (folder / "events.jsonl").exists():
-                    key, k = name, 2
-                    while key in found:
-                        key, k = f"{name}~{k}", k + 1
-                    found[key] = folder
+        for folder in _listing(parent):
+            key, k = folder.name, 2
+            while key in found:
+                key, k = f"{folder.name}~{k}", k + 1
+            found[key] = folder
     return found
+
+
+_listings: dict[Path, tuple[int, list[Path]]] = {}
+
+
+def _listing(parent: Path) -> list[Path]:
+    """The run folders in a folder, sorted by name. Listed anew when the folder has changed, or holds some that may become runs."""
+    try:
+        changed = parent.stat().st_mtime_ns
+        kept = _listings.get(parent)
+        if kept and kept[0] == changed:
+            return kept[1]
+        with os.scandir(parent) as entries:
+            names = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith("."))
+    except OSError:
+        return []
+    runs = [f for f in (parent / name for name in names) if (f / "config.json").exists() or (f / "events.jsonl").exists()]
+    if len(runs) == len(names) and time.time_ns() - changed > 2e9:  # a folder's time is coarse: one made just now might be missed
+        _listings[parent] = changed, runs
+    return runs
 
 
 def find(home: Home, settings: Settings, id: str) -> Path:

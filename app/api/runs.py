@@ -132,8 +132,8 @@ def told(context: Context, run: Run) -> dict[str, Any]:
 
 
 @router.get("/runs")
-def list_runs(request: Request) -> dict[str, Any]:
-    return overview(of(request))
+def list_runs(request: Request) -> Response:
+    return JSONResponse(overview(of(request)))
 
 
 @router.get("/runs/{id}")
@@ -215,7 +215,9 @@ def _from_draft(context: Context) -> Run:
         raise Problem(" ".join(dict.fromkeys(errors.values())), errors=errors)
     model, _ = models.glance(home, wanted["model"], wanted["example"])
     about = {"purpose": wanted["purpose"], "preset": wanted["preset"], "model_title": model["name"] if model else "", "from": "draft"}
-    return make(context, config, about | {"steps": plan["steps"]}, lambda config, folder: _snapshot(home, wanted["dataset"], config, folder))
+    return make(
+        context, config, about | {"steps": plan["steps"]}, lambda config, folder: _snapshot(home, wanted["dataset"], config, folder)
+    )
 
 
 def _snapshot(home: Any, dataset: str, config: TrainConfig, folder: Path) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 // Every setting, made from GET /api/form: searchable, with only what applies, and with what differs from the preset marked.
-import { attempt, button, fill, get, h, unique } from "/static/core.js";
+import { attempt, button, fill, get, h } from "/static/core.js";
 import { fileTab } from "/static/toml.js";
 
 const OPEN = "la-advanced";
@@ -64,7 +64,7 @@ export function advancedDrawer(page) {
     if (!answer) return void setTimeout(build, 3000);
     sections = answer.sections.map((s) => {
       const made = s.fields.map((spec) => { const f = setting(draft, spec); fields.set(spec.key, f); return f; });
-      return { ...s, made, node: h("section", { class: "nl-group", "aria-label": s.title, data: { group: s.name } }, h("h3", { class: "la-h3" }, s.title), h("div", { class: "la-cols nl-fields" }, made.map((f) => f.node))) };
+      return { ...s, made, node: h("div", { class: "nl-group", data: { group: s.name } }, h("h3", { class: "la-h3" }, s.title), h("div", { class: "la-cols nl-fields" }, made.map((f) => f.node))) };
     });
     fill(body, sections.map((s) => s.node));
     draft.on("view", update);
@@ -103,7 +103,7 @@ export function advancedDrawer(page) {
 
 /** One setting: label, control, help, error, and what the preset has. */
 function setting(draft, spec) {
-  const id = unique("set"), { key } = spec;
+  const { key } = spec, id = "set-" + key.replaceAll(".", "-");
   const change = (value, now) => draft.patch({ changes: { [key]: value } }, now);
   const c = CONTROLS[spec.kind](spec, change, id);
   const help = h("p", { class: "la-help", id: id + "-help" }, spec.help);

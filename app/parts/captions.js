@@ -159,7 +159,7 @@ export function captionsSection(page) {
       blur() { if (draft.unsavedCaption(image.id)) draft.flush(); },
       keydown(e) { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); next(node, e.shiftKey); } },
     } });
-    const name = h("span", { class: "nl-name" }), tokens = h("span", { class: "nl-tokens la-num" }), saved = h("span", { class: "nl-state", role: "status" });
+    const name = h("span", { class: "nl-name" }), tokens = h("span", { class: "nl-tokens la-num" }), saved = h("span", { class: "nl-state" });
     const node = h("li", { class: "nl-caption", data: { caption: first.id } }, open, h("div", { class: "nl-caption-text" }, h("label", { class: "nl-name", htmlFor: area.id }, name), area, h("div", { class: "nl-caption-foot" }, tokens, saved)));
     const state = (word) => { saved.textContent = word; clearTimeout(timer); if (word) timer = setTimeout(() => { saved.textContent = ""; }, 2500); };
     node.saved = () => { if (!draft.unsavedCaption(image.id)) state("Saved"); };

@@ -4,7 +4,7 @@ import { keyed, undo } from "/static/draft.js";
 import { chosen, dropped, sorted, upload } from "/static/intake.js";
 
 const FEW = 24;  // cards shown at first: Start must not be pushed out of reach by 300 pictures
-const SHORT = { small: "small", blurred: "blurred", duplicate: "duplicate", odd: "odd file", crop: "much is cut off" };
+const SHORT = { small: "small", blurred: "blurred", duplicate: "duplicate", odd: "odd", crop: "cut off" };
 const ACCEPT = "image/*,.txt,.caption,.zip";
 
 export function imagesSection(page) {
@@ -136,6 +136,7 @@ export function imagesSection(page) {
     const wanted = noted ? notes : images;
     keyed(grid, all || wanted.length <= FEW * 1.5 ? wanted : wanted.slice(0, FEW), card);
     grid.hidden = empty;
+    grid.classList.toggle("nl-noted", noted);
     more.hidden = wanted.length <= FEW * 1.5;
     more.textContent = all ? "Show fewer" : `Show all ${wanted.length} images`;
   }
@@ -161,7 +162,7 @@ export function imagesSection(page) {
       cropped(kept, now.crop);
       name.textContent = name.title = now.name;
       facts.textContent = `${now.width} × ${now.height}`;
-      fill(notes, now.badges.map((b) => h("span", { class: "la-badge la-badge-warn", tabIndex: 0, title: b.text, data: { badge: b.kind }, "aria-label": b.text }, SHORT[b.kind] || b.kind)));
+      fill(notes, now.badges.map((b) => h("span", { class: "la-badge la-badge-warn", title: b.text, data: { badge: b.kind } }, SHORT[b.kind] || b.kind, h("span", { class: "nl-note-text" }, ": " + b.text))));
       node.title = now.bucket ? `Trained as ${now.bucket[0]} × ${now.bucket[1]}; what is dimmed is cut off.` : "";
     };
     return node;

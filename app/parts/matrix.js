@@ -1,10 +1,10 @@
 // A table of pictures: named rows and columns, thumbnails that open large. What did not change is never touched, so nothing flickers.
 import { fill, h, lightbox } from "/static/core.js";
 
-/** Returns {node, set({corner, columns, rows, cell})}. With `follow`, newest columns (at the right) stay in sight.
+/** Returns {node, set({corner, columns, rows, cell})}. With `follow`, newest columns (at the right) stay in sight, and the first one too.
  *  columns, rows: [{key, head: text or node, mark}]; cell(row key, column key) -> {thumb, full, text, data} or null. */
 export function matrix(label, { follow = false } = {}) {
-  const table = h("table", { class: "la-matrix" });
+  const table = h("table", { class: "la-matrix", data: follow ? { first: "" } : {} });
   const node = h("div", { class: "la-scroll la-matrix-scroll", tabindex: 0, role: "region", "aria-label": label }, table);
   let cells = new Map(), lines = null, head = null, columns = [], rows = [], look = () => null;
   const id = (r, c) => r.key + "\n" + c.key;

@@ -42,10 +42,12 @@ export async function mount(root) {
 
 /** One quiet line: what was typed is on the disk, or it is not. */
 function savedLine(draft) {
-  const line = h("span", { class: "la-small la-muted nl-saved", role: "status", id: "draft-saved" });
+  const line = h("span", { class: "la-small la-muted nl-saved", id: "draft-saved" });
   const show = () => {
     const text = { saved: "Saved on this computer", saving: "Saving …", lost: "Not saved yet: the server does not answer. What you typed is kept here and sent when it is back." }[draft.saving];
     line.dataset.state = draft.saving;
+    if (draft.saving === "lost") line.setAttribute("role", "alert");  // "Saving, saved" at each word would only disturb
+    else line.removeAttribute("role");
     line.classList.toggle("nl-lost", draft.saving === "lost");
     if (line.textContent !== text) line.textContent = text;
   };

@@ -10,7 +10,7 @@ export function startSection(page) {
   // Presets
 
   const cards = h("div", { class: "la-choices", role: "radiogroup", "aria-label": "Preset", id: "presets" });
-  const changed = h("p", { class: "la-small la-muted", hidden: true });
+  const changed = h("p", { class: "la-small la-muted" });
   const back = button("Back to the preset", () => {
     const drop = Object.fromEntries(Object.keys(draft.view.draft.changes).map((k) => [k, null]));
     draft.patch({ changes: drop }, true);

@@ -198,7 +198,9 @@ def test_the_queue_can_be_ordered_edited_copied_and_emptied(client, context, set
 
     shown = client.get(f"/api/runs/{b}").json()["run"]
     assert shown["values"]["adapter.rank"] == 2 and shown["position"] == 2 and "edit" in shown["actions"]
-    changed = client.patch(f"/api/runs/{b}", json={"changes": {"adapter.rank": 8, "optimizer.kind": "prodigy", "part.unet.learning_rate": 1}})
+    changed = client.patch(
+        f"/api/runs/{b}", json={"changes": {"adapter.rank": 8, "optimizer.kind": "prodigy", "part.unet.learning_rate": 1}}
+    )
     assert changed.status_code == 400 and "Prodigy" in changed.json()["error"]
     changed = client.patch(f"/api/runs/{b}", json={"changes": {"adapter.rank": 8, "loss.min_snr_gamma": None}})
     assert changed.json()["run"]["values"]["adapter.rank"] == 8
@@ -266,7 +268,18 @@ def test_wrong_configurations_start_nothing(client, context, settings, tmp_path)
 
 
 TRICKS = [  # the first two are resolved by the client itself, so that they name another route
-    "..", "../x", "..%2fx", "%2e%2e", "%2e%2e%2f%2e%2e%2fsecret", "%2Fetc", "..%5c..%5csecret", "%00", "%2e", "~", "nobody"]
+    "..",
+    "../x",
+    "..%2fx",
+    "%2e%2e",
+    "%2e%2e%2f%2e%2e%2fsecret",
+    "%2Fetc",
+    "..%5c..%5csecret",
+    "%00",
+    "%2e",
+    "~",
+    "nobody",
+]
 
 
 def test_no_id_and_no_file_name_leads_out(client, context):

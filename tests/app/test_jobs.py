@@ -5,6 +5,8 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from app.jobs import Job, Jobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +49,7 @@ def test_moving_and_removing(tmp_path):
 def test_a_job_added_again_keeps_its_place_and_takes_the_new_words(tmp_path):
     jobs = filled(tmp_path, "ab")
     assert jobs.add(tmp_path / "a", "train", ["train", "--resume"]) == 0
-    assert [job.words for job in jobs.list()][0] == ("train", "--resume")
+    assert jobs.list()[0].words == ("train", "--resume")
 
 
 def test_a_start_that_fails_leaves_the_queue_as_it_was(tmp_path):
@@ -56,10 +58,8 @@ def test_a_start_that_fails_leaves_the_queue_as_it_was(tmp_path):
     def fail(queue):
         raise OSError("no process")
 
-    try:
+    with pytest.raises(OSError, match="no process"):
         jobs.take(fail)
-    except OSError:
-        pass
     assert folders(jobs) == ["a", "b"]
     assert jobs.take(lambda queue: None) is None
     assert folders(jobs) == ["a", "b"]

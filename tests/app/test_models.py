@@ -147,7 +147,7 @@ def test_the_search_is_over_name_and_folder_in_any_case(tmp_path, look):
 @pytest.mark.parametrize(
     "name, kind",
     [
-        ("sdxl_lightning_4step", "Lightning"), ("dreamshaperXLTurbo", "Turbo"), ("DreamShaper_8_LCM", "LCM"), ("Hyper-SD15-8steps", "Hyper"),
+        ("sdxl_lightning_4step", "Lightning"), ("dreamshaperXLTurbo", "Turbo"), ("DreamShaper_8_LCM", "LCM"), ("Hyper-SD15-8steps", "Hyper-SD"),
         ("model-dmd2", "Dmd2"), ("flux1-schnell", "Schnell"), ("TurboVision", "Turbo"), ("HyperRealism_v3", ""), ("turbocharged", ""),
         ("enlightening", ""), ("dreamshaper_8", ""),
     ],
@@ -245,10 +245,6 @@ def hub(monkeypatch, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.hf_api.HfApi.__init__.__defaults__", None, raising=False)
-    from huggingface_hub import hf_api
-
-    monkeypatch.setattr(hf_api.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     answers["server"] = server
     yield answers
     server.shutdown()

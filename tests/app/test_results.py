@@ -91,9 +91,8 @@ def test_results_before_and_after_a_comparison(client, run):
     assert [(f["file"], f["step"], f["final"]) for f in told["files"]] == [
         ("zorp-000004.safetensors", 4, False),
         ("zorp-000008.safetensors", 8, False),
-        ("zorp-000012.safetensors", 12, False),
         ("zorp.safetensors", 12, True),
-    ][: len(told["files"])] or [f["step"] for f in told["files"]] == [4, 8, 12]
+    ]
     assert told["trigger_line"] == "<lora:zorp:0.8> zorp" and told["lora_folder"] == ""
     assert told["metadata"]["zorp.safetensors"] == read_header(run / "zorp.safetensors")[0]
 
@@ -249,5 +248,9 @@ def test_a_finished_training_is_compared_and_its_results_show(client, context, s
         context.runner.close()
     assert told["state"] == "finished", told["text"]
     assert told["recommended"]["file"] in {f["file"] for f in told["files"]} and told["scores"] and told["matrix"]["strengths"]
-    for url in [told["pair"]["without"], told["pair"]["with"], *(u for row in told["matrix"]["rows"] for cells in row["cells"] for u in cells)]:
+    for url in [
+        told["pair"]["without"],
+        told["pair"]["with"],
+        *(u for row in told["matrix"]["rows"] for cells in row["cells"] for u in cells),
+    ]:
         assert client.get(url).status_code == 200

@@ -314,7 +314,7 @@ def test_tools_answer_or_say_what_went_wrong(runner):
     assert isinstance(found, dict)
     with pytest.raises(Problem, match="does not exist"):
         runner.run_tool(["inspect", "/no/such/file.safetensors"], 60)
-    with pytest.raises(Problem, match="more than 0.01 seconds"):
+    with pytest.raises(Problem, match="took more than"):
         runner.run_tool(["probe"], 0.01)
 
 
