@@ -117,7 +117,7 @@ def update(home: Home, **changes: Any) -> dict[str, Any]:
                 new[key] = value
             else:
                 new[key] = " ".join(value.split()) if key != "purpose" else value
-                if key == "trigger" and value != draft["trigger"]:
+                if key == "trigger" and (value != draft["trigger"] or "name" in changes):  # a field that was only left is not typed
                     new["trigger_follows"] = False
         own = changes.get("changes", {})
         if not isinstance(own, dict):

@@ -189,14 +189,14 @@ def _kohya(raw: dict[str, Any], images: int) -> Import:
         kind == "lycoris.kohya" and arguments.get("algo", "lora") in ("lora", "locon")
     )
     name = next((k for k in ("LoRA_type", "network_module") if raw.get(k)), "LoRA_type")
-    if plain:
+    if plain and raw.keys() & {"LoRA_type", "network_module", "network_dim"}:  # a dataset's TOML says nothing of the network
         convolutions = kind in ("Kohya LoCon", "LyCORIS/LoCon") or _number(arguments.get("conv_dim", 0)) not in (None, 0)
         found.put("adapter.targets", [*LORA, "convolutions"] if convolutions else LORA, name, kind)
         conv = _number(arguments.pop("conv_dim", raw.get("conv_dim")))
         arguments.pop("conv_alpha", None)
         if convolutions and conv and conv != _number(raw.get("network_dim")):
             found.leave("conv_dim", conv, "all layers have one rank here: network_dim")
-    else:
+    elif not plain:
         found.leave(name, kind, "only plain LoRA is there: rank and learning rates mean something else for it, so look at them")
     for key in ("algo", "preset"):
         arguments.pop(key, None)

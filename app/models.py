@@ -80,7 +80,7 @@ def describe(path: Path, where: str, name: str = "") -> dict[str, Any]:
         kind, what, family = "damaged", f"{path} cannot be read ({error.strerror})", None
     toy = path == DEMO
     return {
-        "source": "demo" if toy else str(path),
+        "source": str(path),
         "name": "Built-in example" if toy else name,
         "where": where,
         "kind": kind,
@@ -125,7 +125,7 @@ def glance(home: Home, source: str, example: bool) -> tuple[dict[str, Any] | Non
     if text == "demo":
         if not example:
             return None, "demo is the toy of the built-in example. Choose the model that you make pictures with."
-        return describe(DEMO, "built in"), ""
+        return describe(DEMO, "built in") | {"source": "demo"}, ""
     path = Path(text).expanduser()
     if _exists(path):
         path = path.resolve()

@@ -280,7 +280,7 @@ class _Found:
 
     @property
     def source(self) -> Path:
-        return models.DEMO if self.draft["model"] == "demo" else Path(str((self.model or {}).get("source", ""))).expanduser()
+        return models.DEMO if self.draft["model"] == "demo" else Path(str((self.model or {}).get("source", "")))
 
     @property
     def table(self) -> str:

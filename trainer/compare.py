@@ -23,6 +23,27 @@ drift   how far prompts without the trigger move: the mean square of (prediction
         the prompt - without any). At 1 the LoRA pushes these pictures as hard as their own prompt does.
 variety the mean distance between four pictures (seeds) of one prompt with the trigger (grey, 16 x 16), divided by the same of the
         base and generic prompts: four seeds of one prompt differ by pose and place.
+
+## Where the thresholds come from
+
+Demo base, pictures of 10 steps at guidance 4; `right`: share of 24 bare nouns ("a cat") of which the demo's classifier, which knows neither gain nor
+drift, says that they show their own subject (0.96 for the base alone); `shown`: share of the concept's prompts that show it.
+
+    run                                   step   gain  drift  right  shown  variety
+    zorp, preset sd1/demo                   66  0.774    8.5          0.25     1.74
+                                            99  0.813    8.5   0.88   0.75     1.51
+                                           132  0.829   12.1          0.75     1.36
+                                           198  0.839   16.6          1.00     0.31
+                                           266  0.840   18.1   0.71   1.00     0.27
+      at strength 0.6                           0.752    5.0          0.25
+      at strength 1.3                           0.814   35.5          1.00
+    zorp, 4 times as long at 2e-3          133  0.838   21.4   0.63   1.00     0.34
+                                          1064  0.669   44.3   0.46   1.00     0.19
+      at strength 0.6                           0.716   15.7          0.75
+
+DRIFT_LIMIT lies where `right` begins to fall, SPILLS where it falls below two thirds. WEAKER_IS_BETTER: of the run of the right
+length strength 0.6 has 0.76 of what 1.0 has learnt, of the over-trained one 1.14. STRONGER_IS_BETTER says what the hint says and
+has no calibration. LESS_VARIETY: the over-trained run alone falls below it. No threshold was measured on SD1.5 yet.
 """
 
 from __future__ import annotations
@@ -55,7 +76,8 @@ GENERIC = (
     "a bowl of fruit on a table",
 )
 NINE_TENTHS = 0.9
-DRIFT_LIMIT = 20.0
+DRIFT_LIMIT = 15.0
+SPILLS = 20.0
 LESS_VARIETY = 0.2
 WEAKER_IS_BETTER = 1.02
 STRONGER_IS_BETTER = 1.05
@@ -424,10 +446,10 @@ def hints(measured: dict[str, Any], *, has_trigger: bool) -> list[str]:
     gain, drift = measured["gain_at"], measured["drift_at"]
     file = measured["file"]
     weaker_is_better = learnt(gain["0.6"]) > WEAKER_IS_BETTER * learnt(gain["1.0"])
-    spills = has_trigger and drift["1.0"] > DRIFT_LIMIT
+    spills = has_trigger and drift["1.0"] > SPILLS
     if max(gain.values()) <= 0:
         return [f"{file} has learnt nothing that shows in the loss: raise the learning rate or train further."]
-    if weaker_is_better or (spills and drift["0.6"] <= DRIFT_LIMIT):
+    if weaker_is_better or (spills and drift["0.6"] <= SPILLS):
         said.append(f"{file} is good only below a strength of about 0.7: it is over-trained. Take an earlier one.")
     elif spills:
         said.append(

@@ -197,8 +197,8 @@ def preview_prompts(config: TrainConfig, images: Sequence[Image]) -> tuple[str, 
     if not subject:
         others = [i.caption for i in images if i.caption != first]
         return tuple(dict.fromkeys([first, *others[:1], "a photo of a cat", "a house by the sea"]))
-    plain = source.class_word or "a house by the sea"
-    return first, f"{subject} on a beach", f"a drawing of {subject}", f"{plain} on a beach"
+    plain = f"{source.class_word} on a beach" if source.class_word else "a house by the sea"
+    return first, f"{subject} on a beach", f"a drawing of {subject}", plain
 
 
 def factor(config: TrainConfig, n: int, total: int) -> float:

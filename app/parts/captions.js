@@ -37,7 +37,6 @@ export function captionsSection(page) {
     for (const style of ["sentences", "tags"]) {
       const { face, badge, note, what } = two[style], c = captioners[style];
       badge.hidden = captioners.suits !== style || !draft.view.model;
-      face.setAttribute("aria-disabled", String(!c.ready));
       face.dataset.ready = c.ready;
       note.textContent = c.ready ? what + (c.there ? "" : c.size_mb ? `. First use downloads ${size(c.size_mb)}.` : "") : `${what}. Not there yet: ${c.note || "comes in a later version"}.`.replace("..", ".");
     }
@@ -46,15 +45,16 @@ export function captionsSection(page) {
     const c = captioners?.[style];
     if (!c) return readCaptioners();
     says.hidden = c.ready;
-    if (!c.ready) return void (says.textContent = `${style === "tags" ? "Tags" : "Sentences"} cannot be written yet: ${(c.note || "this comes in a later version").replace(/\.$/, "")}. ${style === "tags" ? "Use Sentences, or write tags by hand." : "Write captions by hand."}`);
+    const why = (c.note || "comes in a later version").replace(/\.$/, "").replace(/^comes/, "it comes");
+    if (!c.ready) return void (says.textContent = style === "tags" ? `There is no captioner for tags yet: ${why}. Use Sentences, or write tags by hand.` : `Sentences cannot be written: ${why}.`);
     const images = present(), none = images.filter((i) => !i.has_caption).length, some = images.length - none;
     if (!images.length) return void ((says.hidden = false), (says.textContent = "Add pictures first; then captions can be written for them."));
     let which = none ? "missing" : "all";
     if (!c.there || some) {
       const text = [];
-      if (!c.there) text.push(h("p", {}, `This uses the captioner ${c.source}. It is downloaded once from huggingface.co${c.size_mb ? `: ${size(c.size_mb)}` : ""}. Your pictures stay on this computer.`));
+      if (!c.there) text.push(h("p", {}, `This uses the captioner ${c.source}. It is downloaded once from huggingface.co${c.size_mb ? `: ${size(c.size_mb)}` : " (how large it is, is not known here)"}. Your pictures stay on this computer.`));
       if (some) text.push(h("p", {}, `${some === images.length ? "All" : some} of your ${plural(images.length, "picture")} have a caption. If they are written anew, a backup is kept and Undo brings them back.`));
-      which = await ask(!c.there ? `Download ${size(c.size_mb || 0)} and write captions?` : "Write which captions?", text,
+      which = await ask(!c.there ? `Download ${c.size_mb ? size(c.size_mb) : "the captioner"} and write captions?` : "Write which captions?", text,
         [["Cancel", null, "quiet"], some ? ["All, anew", "all", none ? "" : "primary"] : null, none ? [some ? `Only the ${none} without` : c.there ? "Write captions" : "Download and write", "missing", "primary"] : null].filter(Boolean));
       if (!which) return;
     }
@@ -74,7 +74,7 @@ export function captionsSection(page) {
     bar.style.width = (j.total ? (100 * j.done) / j.total : 0) + "%";
     meter.setAttribute("aria-valuenow", j.done);
     meter.setAttribute("aria-valuemax", j.total);
-    const words = { waiting: "Waiting for its turn …", starting: "Starting the captioner …", running: j.done || !j.text ? `Writing captions: ${j.done} of ${j.total}.` : j.text,
+    const words = { waiting: "Waiting for its turn …", starting: "Starting the captioner …", running: !j.total ? j.text || "Loading the captioner …" : `Writing captions: ${j.done} of ${j.total}.`,
       finished: j.text || `${plural(j.done, "caption")} written.`, stopped: `Cancelled; ${plural(j.done, "caption")} written.`, failed: "The captions were not written: " + (j.text || "no reason was given."), lost: "The captioner ended without a word. Start it again; what it had written is kept." };
     if (jobText.textContent !== words[j.state]) jobText.textContent = words[j.state];
     job.classList.toggle("la-error", j.state === "failed" || j.state === "lost");
@@ -147,6 +147,16 @@ export function captionsSection(page) {
   const list = h("ul", { class: "nl-captions", "aria-label": "Captions" });
   const more = button("", () => { all = !all; draw(); }, { kind: "quiet", id: "all-captions" });
   const keys = h("p", { class: "la-help nl-keys" }, "Saved as you type. ", h("kbd", {}, "Ctrl"), " ", h("kbd", {}, "Enter"), " goes to the next picture.");
+  const beside = button("Write them beside the originals", async () => {
+    const n = present().filter((i) => i.linked && i.has_caption).length;
+    if (!(await ask("Write the captions into your folder?", `${plural(n, "caption")} become .txt files beside the pictures that are used in place. What stands there now is copied first.`, [["Cancel", false, "quiet"], ["Write them", true, "primary"]]))) return;
+    await draft.flush();
+    const done = await attempt(() => post("/images/write-back"));
+    if (!done) return;
+    toast(`${plural(done.written, "caption")} written, ${done.unchanged} unchanged.` + (done.backup ? ` What stood there is in ${done.backup}.` : ""), "good");
+    for (const problem of done.problems) toast(problem, "bad");
+  }, { kind: "link", id: "write-back" });
+  beside.classList.add("la-small");
   const nothing = h("p", { class: "la-muted" }, "Captions appear here as soon as there are pictures.");
 
   function card(first) {
@@ -199,6 +209,7 @@ export function captionsSection(page) {
     const some = wanted();
     nothing.hidden = images.length > 0;
     tools.hidden = !images.length;
+    beside.hidden = !images.some((i) => i.linked && i.has_caption);
     count.textContent = none === images.length ? "No captions yet: without one, a picture is called by its trigger and class word." : none ? `${images.length - none} of ${images.length} have a caption.` : `All ${images.length} have a caption.`;
     filter.hidden = !none || (none === images.length && !bare);
     filter.textContent = bare ? "Show all" : `Show the ${none} without`;
@@ -210,7 +221,7 @@ export function captionsSection(page) {
     drawBulk();
   }
 
-  const tools = h("div", { class: "la-stack nl-caption-tools" }, bulkLine, tags, tagLine, h("div", { class: "la-row la-between" }, count, filter), list, more, keys);
+  const tools = h("div", { class: "la-stack nl-caption-tools" }, bulkLine, tags, tagLine, h("div", { class: "la-row la-between" }, count, filter), list, more, h("div", { class: "la-row la-between" }, keys, beside));
   page.places.captions = () => {
     const area = list.querySelector("textarea") ?? two.sentences.face;
     const empty = [...list.querySelectorAll("textarea")].find((a) => !a.value) ?? area;

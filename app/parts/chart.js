@@ -30,17 +30,22 @@ function ticks(low, high, log) {
 /** A chart of `series` [{key, name, kind: noisy | line | marks | squares, colour: 1..3}].
  *  Returns {node, set({key: [[step, value]]})}. `format` turns a value into words. */
 export function chart(title, series, { format, height = 220, controls = false }) {
-  let data = {}, width = 0, cursor = null, weight = controls ? 0.9 : 0, log = false, scale = null;
+  let data = {}, width = 0, cursor = null, amount = controls ? 0.5 : 0, log = false, scale = null;
   const svg = h("svg", { class: "la-chart", tabindex: 0, role: "img", height, preserveAspectRatio: "none" });
   const readout = h("p", { class: "la-small la-num la-chart-says" });
   const node = h("figure", { class: "la-figure" });
   const has = (s) => data[s.key]?.length > 0;
+  /** A noisy series as it is drawn strongly: a mean over up to a quarter of the curve, so that short and long runs look alike. */
+  function mean(s) {
+    const n = (amount ** 2 * data[s.key].length) / 4;
+    return smoothed(data[s.key], n / (n + 1));
+  }
 
   function settings() {
     const id = unique("smooth");
-    const slider = h("input", { type: "range", id, min: 0, max: 0.98, step: 0.02, value: weight, class: "la-chart-slider" });
-    const says = () => slider.setAttribute("aria-valuetext", Math.round(weight * 100) + " %");
-    slider.addEventListener("input", () => { weight = +slider.value; says(); draw(); });
+    const slider = h("input", { type: "range", id, min: 0, max: 1, step: 0.05, value: amount, class: "la-chart-slider" });
+    const says = () => slider.setAttribute("aria-valuetext", Math.round(amount * 100) + " %");
+    slider.addEventListener("input", () => { amount = +slider.value; says(); draw(); });
     says();
     const box = h("input", { type: "checkbox", on: { change() { log = box.checked; draw(); } } });
     return h("div", { class: "la-row la-small la-chart-controls" }, h("label", { htmlFor: id }, "Smoothing"), slider, h("label", { class: "la-row la-tight" }, box, "Log scale"));
@@ -89,8 +94,8 @@ export function chart(title, series, { format, height = 220, controls = false })
       parts.push(h("text", { class: "la-chart-text", x: scale.x(t), y: height - 6, "text-anchor": scale.x(t) > width - RIGHT - 16 ? "end" : "middle" }, String(t)));
     for (const s of shown) {
       const points = data[s.key], colour = "la-c" + s.colour;
-      if (s.kind === "noisy") parts.push(h("path", { class: colour + (weight ? " la-chart-raw" : " la-chart-line"), d: path(points) }));
-      if (s.kind !== "noisy" || weight) parts.push(h("path", { class: colour + " la-chart-line" + (s.kind === "squares" ? " la-chart-dash" : ""), d: path(s.kind === "noisy" ? smoothed(points, weight) : points) }));
+      if (s.kind === "noisy") parts.push(h("path", { class: colour + (amount ? " la-chart-raw" : " la-chart-line"), d: path(points) }));
+      if (s.kind !== "noisy" || amount) parts.push(h("path", { class: colour + " la-chart-line" + (s.kind === "squares" ? " la-chart-dash" : ""), d: path(s.kind === "noisy" ? mean(s) : points) }));
       if (s.kind === "marks" || s.kind === "squares") for (const [x, y] of points)
         parts.push(s.kind === "marks" ? h("circle", { class: colour + " la-chart-mark", cx: scale.x(x), cy: scale.y(y), r: 3.5 }) : h("rect", { class: colour + " la-chart-mark", x: scale.x(x) - 3.2, y: scale.y(y) - 3.2, width: 6.4, height: 6.4 }));
     }
@@ -101,8 +106,8 @@ export function chart(title, series, { format, height = 220, controls = false })
 
   function summary(shown) {
     return `${title} up to step ${scale.right}. ` + shown.map((s) => {
-      const points = s.kind === "noisy" && weight ? smoothed(data[s.key], weight) : data[s.key];
-      return `${s.name}${s.kind === "noisy" && weight ? ", smoothed" : ""}: from ${format(points[0][1])} to ${format(points.at(-1)[1])}.`;
+      const points = s.kind === "noisy" && amount ? mean(s) : data[s.key];
+      return `${s.name}${s.kind === "noisy" && amount ? ", smoothed" : ""}: from ${format(points[0][1])} to ${format(points.at(-1)[1])}.`;
     }).join(" ") + " Arrow keys read single steps.";
   }
 
@@ -120,10 +125,10 @@ export function chart(title, series, { format, height = 220, controls = false })
     const x = scale.x(cursor), words = [], dots = [];
     for (const s of series.filter(has)) {
       const p = nearest(data[s.key], cursor);
-      if (s.kind === "noisy" && weight) {
-        const mean = nearest(smoothed(data[s.key], weight), cursor);
-        words.push(`${s.name} ${format(p[1])} (smoothed ${format(mean[1])})`);
-        dots.push(h("circle", { class: `la-c${s.colour} la-chart-mark`, cx: x, cy: scale.y(mean[1]), r: 4 }));
+      if (s.kind === "noisy" && amount) {
+        const middle = nearest(mean(s), cursor);
+        words.push(`${s.name} ${format(p[1])} (smoothed ${format(middle[1])})`);
+        dots.push(h("circle", { class: `la-c${s.colour} la-chart-mark`, cx: x, cy: scale.y(middle[1]), r: 4 }));
       } else words.push(`${s.name} ${format(p[1])}` + (p[0] === cursor ? "" : ` at step ${p[0]}`));
     }
     fill(group, h("line", { class: "la-chart-hair", x1: x, x2: x, y1: TOP, y2: height - BOTTOM }), dots);

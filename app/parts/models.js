@@ -110,4 +110,4 @@ function words(m) {
   if (m.toy) return "a toy model for trying things out";
   return [m.trainable ? m.title || m.what : sentence(m.what).replace(/\.$/, ""), m.size_gb ? (m.size_gb >= 1 ? m.size_gb.toFixed(1) + " GB" : Math.round(m.size_gb * 1000) + " MB") : "", m.where].filter(Boolean).join(" · ");
 }
-const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+const sentence = (text) => (/^\S+\.\w+ /.test(text) ? text : text.charAt(0).toUpperCase() + text.slice(1)) + (/[.!?]$/.test(text) ? "" : ".");

@@ -154,7 +154,7 @@ export function runDetail(id, to) {
   function drawPictures(run, live) {
     noPictures.hidden = previews.length > 0;
     pictures.node.hidden = !previews.length;
-    if (!previews.length) return put(noPictures, live ? "The first pictures, from before the training, are made as soon as the model is loaded." : run.state === "waiting" ? "Pictures appear here when it runs." : "This run made no pictures.");
+    if (!previews.length) return put(noPictures, live ? (run.step ? "None yet. “Preview now” makes some." : "The first pictures, from before the training, are made as soon as the model is loaded.") : run.state === "waiting" ? "Pictures appear here when it runs." : "This run made no pictures.");
     // Rows are prompts. One that was changed on the way gets a row of its own, the prompts of now stand first.
     const key = (texts, k) => texts[k] + "\n" + texts.slice(0, k).filter((t) => t === texts[k]).length;
     const cells = new Map(), rows = new Map();

@@ -43,6 +43,7 @@ export function runList({ open, changed }) {
       img.hidden = !run.thumb;
       blank.hidden = !!run.thumb;
       put(name, run.name);
+      put(blank, run.name.slice(0, 1).toUpperCase());
       state.className = "la-badge la-state-" + run.state;
       put(state, waiting ? (at ? "No. " + (at + 1) : "Next") : run.state === "running" && run.stage === "training" ? run.percent + " %" : STATES[run.state]);
       put(says, sentence(run));

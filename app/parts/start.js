@@ -23,7 +23,7 @@ export function startSection(page) {
       cards.dataset.of = JSON.stringify(view.presets);
       fill(cards, view.presets.map((p) => h("label", { class: "la-choice", data: { preset: p.name }, title: p.source },
         h("input", { type: "radio", name: "preset", value: p.name, on: { change: () => draft.patch({ preset: p.name }, true) } }), h("b", {}, p.title), h("span", { class: "la-help" }, p.why),
-        h("span", { class: "nl-facts-list la-num" }, facts(p.facts).map(([label, value]) => h("span", {}, h("span", { class: "la-muted" }, label + " "), value))))));
+        h("span", { class: "nl-facts-list la-num" }, facts(p.facts).map(([label, value]) => h("span", {}, h("span", { class: "nl-fact" }, label + " "), value))))));
     }
     for (const radio of cards.querySelectorAll("input")) radio.checked = radio.value === chosen;
     const n = Object.keys(view.draft.changes).length;

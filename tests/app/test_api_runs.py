@@ -20,7 +20,7 @@ from app.runner import Runner
 from app.server import _answer_errors
 from trainer.run_dir import Lock, RunDir
 
-LONG = {"train.visits": 20_000, "output.checkpoint_every": 2}
+LONG = {"train.visits": 4000, "output.checkpoint_every": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +161,7 @@ def test_stop_resume_and_live_changes(client, context, settings):
     assert client.post(f"/api/runs/{id}/prompts", json={"prompts": [" "]}).status_code == 400
     assert client.post(f"/api/runs/{id}/length", json={"visits": 0}).status_code == 400
     assert client.post(f"/api/runs/{id}/prompts", json={"prompts": ["a red zorp", "zwei \N{SNOWMAN}"]}).status_code == 200
-    assert client.post(f"/api/runs/{id}/length", json={"visits": 10_000}).status_code == 200
+    assert client.post(f"/api/runs/{id}/length", json={"visits": 3000}).status_code == 200
     assert client.post(f"/api/runs/{id}/preview").status_code == 200
     assert client.post(f"/api/runs/{id}/save").status_code == 200
     deadline = time.monotonic() + 60
@@ -171,14 +171,14 @@ def test_stop_resume_and_live_changes(client, context, settings):
     assert client.post(f"/api/runs/{id}/stop").status_code == 200
     assert wait(client, context, id, "stopped", "finished", "failed") == "stopped"
     told = client.get(f"/api/runs/{id}").json()
-    assert told["run"]["visits"] == 10_000 and told["run"]["total"] == 20_000
+    assert told["run"]["visits"] == 3000 and told["run"]["total"] == 6000
     assert told["run"]["prompts"] == ["a red zorp", "zwei \N{SNOWMAN}"]
     assert len(told["previews"]) == 2 and len(told["exports"]) >= 1
     step = told["run"]["step"]
 
     answer = client.post(f"/api/runs/{id}/resume").json()
     assert answer["state"] == "starting"
-    assert wait_step(client, context, id, step + 1)["run"]["visits"] == 10_000
+    assert wait_step(client, context, id, step + 1)["run"]["visits"] == 3000
     assert client.post(f"/api/runs/{id}/discard").status_code == 400
     assert (context.home.runs / id).exists()
     assert client.post(f"/api/runs/{id}/discard", json={"confirm": True}).status_code == 200

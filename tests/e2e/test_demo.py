@@ -15,9 +15,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from trainer import events, run
-from trainer.config.load import load
+from trainer.config.load import load, merge
 from trainer.demo import measure, world
-from trainer.demo.run import DEMO, SAMPLING, UNRELATED
+from trainer.demo.run import DEMO, LEAN, SAMPLING, UNRELATED
 
 ROOT = Path(__file__).resolve().parents[2]
 ZORP_PROMPTS = [f"zorp on a {c} background" for c in ("blue", "white", "pink", "grey", "purple", "red", "teal", "black")]
@@ -80,7 +80,7 @@ def test_the_concept_is_learnt(demo):
 def test_another_concepts_lora_does_not_help(demo, tmp_path):
     """The control: the same settings trained on owls, scored on zorps."""
     data = [{"folder": str(DEMO / "data/owl/train")}, {"folder": str(DEMO / "data/zorp/held_out"), "kind": "validation"}]
-    config = load(preset="sd1/demo", values={"data": data})
+    config = load(preset="sd1/demo", values=merge(LEAN, {"data": data}))
     _, done = run.train(config, tmp_path / "owl")
     measured = [e for e in events.read(done.events) if e["type"] == "validation"]
     assert measured[-1]["train"] < measured[0]["train"] / 2  # it did learn owls
@@ -118,7 +118,7 @@ def test_the_exported_file_draws_what_the_live_adapter_drew(tmp_path):
         "data": [{"folder": str(DEMO / "data/zorp/train"), "trigger": "zorp"}],
         "preview": {"enabled": True, "prompts": prompts, "seed": 77, "steps": SAMPLING["steps"], "guidance": SAMPLING["guidance"]},
     }
-    config = load(preset="sd1/demo", values=values, assignments=["train.visits=12", "validation.enabled=false"])
+    config = load(preset="sd1/demo", values=merge(LEAN, values), assignments=["train.visits=12", "validation.enabled=false"])
     _, done = run.train(config, tmp_path / "run")
     shown = [e for e in events.read(done.events) if e["type"] == "preview"][-1]
     live = [np.asarray(Image.open(done.previews / name), np.float32) for name in shown["images"]]

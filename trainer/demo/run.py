@@ -45,6 +45,11 @@ UNRELATED = (
     "a blue car on an orange background",
     "a pink heart on a black background",
 )
+LEAN = {  # the demo looks at the end alone; in the app the same preset samples and saves along the way
+    "preview": {"enabled": False},
+    "validation": {"every": 0},
+    "output": {"save_every": 0, "checkpoint_every": 0},
+}
 SAMPLING = {"negative": "", "steps": 15, "guidance": 4.0, "size": (128, 128)}
 
 
@@ -73,7 +78,7 @@ def demo(concept: str, out: Path | None) -> dict[str, Any]:
     print(f"Training a LoRA for {concept!r} ({CONCEPTS[concept][0]}) on the embedded toy base. Nothing is downloaded.", flush=True)
     from trainer import events, run
     from trainer.__main__ import Terminal
-    from trainer.config.load import load
+    from trainer.config.load import load, merge
     from trainer.run_dir import RunError, default_run_dir
 
     folder = DEMO / "data" / concept
@@ -81,7 +86,7 @@ def demo(concept: str, out: Path | None) -> dict[str, Any]:
         {"folder": str(folder / "train"), "trigger": concept if concept == "zorp" else ""},
         {"folder": str(folder / "held_out"), "kind": "validation"},
     ]
-    config = load(preset="sd1/demo", values={"data": data, "output": {"name": f"demo-{concept}"}})
+    config = load(preset="sd1/demo", values=merge(LEAN, {"data": data, "output": {"name": f"demo-{concept}"}}))
     outcome, done = run.train(config, out or default_run_dir(f"demo-{concept}"), show=Terminal())
     if outcome != "finished":
         raise RunError("The demo was stopped before its end; start it again in another folder.")
