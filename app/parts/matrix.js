@@ -47,7 +47,7 @@ export function matrix(label, { follow = false } = {}) {
         head.append(...columns.slice(known).map(columnHead));
         for (const r of rows) lines.get(r.key).append(...columns.slice(known).map((c) => cell(r, c)));
       } else {
-        head = h("tr", {}, h("th", { scope: "col", class: "la-matrix-corner" }, next.corner || ""), columns.map(columnHead));
+        head = h("tr", {}, h(next.corner ? "th" : "td", { class: "la-matrix-corner" }, next.corner || ""), columns.map(columnHead));
         lines = new Map(rows.map((r) => [r.key, h("tr", { class: r.mark ? "la-marked" : "", data: { row: r.key } },
           h("th", { scope: "row" }, h("span", { class: "la-matrix-name" }, r.head)), columns.map((c) => cell(r, c)))]));
         fill(table, h("thead", {}, head), h("tbody", {}, [...lines.values()]));

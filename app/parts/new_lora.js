@@ -13,7 +13,7 @@ export async function mount(root) {
   style("images");
   const draft = openDraft();
   const notice = h("p", { class: "la-loading", role: "status" }, "Loading …");
-  fill(root, h("main", { id: "la-main", class: "la-main nl" }, notice));
+  fill(root, h("div", { id: "la-main", class: "la-main nl" }, notice));
   await draft.ready((sentence) => { notice.textContent = sentence; });
 
   // Where the finger of the preflight list points: each section says how to reach its fields.
@@ -22,7 +22,7 @@ export async function mount(root) {
   const section = (number, id, title, lead, ...rest) => h("section", { class: "la-section", id: "nl-" + id, "aria-labelledby": `nl-${id}-title`, data: { section: id } },
     h("div", { class: "nl-head" }, h("h2", { class: "la-h2", id: `nl-${id}-title` }, h("span", { class: "la-number" }, number), title), lead && h("p", { class: "la-lead" }, lead)), rest);
 
-  fill(root, h("main", { id: "la-main", class: "la-main nl" },
+  fill(root, h("div", { id: "la-main", class: "la-main nl" },
     h("div", { class: "la-row la-between nl-top" },
       h("div", {}, h("h1", { class: "la-h1" }, "New LoRA"), h("p", { class: "la-lead" }, "Teach your model one thing from a handful of pictures: 10 to 20 are enough.")),
       h("div", { class: "la-row" }, savedLine(draft), button("Start over", () => startOver(draft), { kind: "quiet", id: "start-over" }))),

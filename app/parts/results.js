@@ -33,7 +33,7 @@ export function mount(root) {
     h("div", { class: "la-scroll" }, h("table", { class: "la-table la-scores la-num" }, h("thead", {}, h("tr", {}, ["File", "Step", "Gain", "Drift"].map((t) => h("th", { scope: "col" }, t)))), scores))));
   const details = h("section", { class: "la-section la-run-section", "aria-label": "Details" }, h("h2", { class: "la-h2" }, "Details"), scoreView, meta.node);
   const body = h("div", { hidden: true }, job, hero, table, files.node, play.node, details);
-  fill(root, h("main", { id: "la-main", class: "la-main" }, head, empty, body));
+  fill(root, h("div", { id: "la-main", class: "la-main" }, head, empty, body));
   head.hidden = true;
 
   function show(next) {

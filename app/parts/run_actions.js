@@ -15,7 +15,7 @@ export function formDialog(title, body, label, send, { kind = "primary", wide = 
       } catch (error) {
         if (!(error instanceof Refused)) throw error;
         wrong.textContent = error.message;
-        wrong.hidden = false;
+        wrong.hidden = error.placed === true;  // the sentence stands at its field already
       } finally {
         go.disabled = false;
       }
@@ -151,7 +151,9 @@ export function runActions({ path, changed, gone, open, exports, previews }) {
     if (await formDialog("Preview prompts", [h("p", {}, "From the next pictures on. A new prompt gets a row of its own in the table."), list, h("div", {}, add)], "Use these prompts", () => post(path + "/prompts", { prompts: read() }))) changed();
   }
 
-  const stepsFor = (visits) => Math.round((run.total / (run.visits || 1)) * visits);
+  function stepsFor(visits) {
+    return Math.round((run.total / (run.visits || 1)) * visits);
+  }
   /** About how long `steps` more steps take, from the speed so far; "" where nothing is known. */
   function time(steps) {
     const each = run.eta_s && run.total > run.step ? run.eta_s / (run.total - run.step) : run.step ? run.seconds / run.step : 0;

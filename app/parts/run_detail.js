@@ -43,7 +43,7 @@ export function runDetail(id, to) {
   const schedule = h("p", { class: "la-small la-soft" });
   const curve = section("Curve", h("p", { class: "la-small la-soft" }, "Do not judge by the loss; look at the pictures. It is noisy by nature, and a good LoRA may have any."), loss.node);
   const rateSection = section("Learning rate", schedule, rates.node);
-  const facts = h("dl", { class: "la-facts la-num" });
+  const facts = h("dl", { class: "la-facts la-num" }), machine = section("Machine", facts);
   const warnings = h("ul", { class: "la-list" }), warningSection = section("Warnings", warnings);
   const log = logTail(path), config = configuration(path, id);
 
@@ -53,7 +53,7 @@ export function runDetail(id, to) {
   const body = h("div", {},
     h("a", { class: "la-run-back", href: "/runs", on: { click(e) { e.preventDefault(); to.back(); } } }, "‹ All runs"),
     h("header", { class: "la-stack la-run-head" }, h("div", { class: "la-run-line" }, name, state), about, line, sentence, tail, pending, actions.node, spoken),
-    section("Pictures", noPictures, pictures.node), curve, rateSection, section("Machine", facts), warningSection,
+    section("Pictures", noPictures, pictures.node), curve, rateSection, machine, warningSection,
     section("Details", log.node, config.node));
   const node = h("div", {}, h("p", { class: "la-loading", role: "status" }, "Loading …"));
 
@@ -118,6 +118,7 @@ export function runDetail(id, to) {
     drawFacts(run, live);
     warningSection.hidden = !run.warnings.length;
     if (warnings.children.length !== run.warnings.length) fill(warnings, run.warnings.map((text) => h("li", { class: "la-note la-note-warn" }, text)));
+    machine.hidden = log.node.hidden = run.state === "waiting" && !run.device;
     log.live(live);
   }
 

@@ -48,6 +48,7 @@ export async function editSettings(run, path) {
     } catch (refused) {
       if (!(refused instanceof Refused)) throw refused;
       let first = null;
+      refused.placed = Object.keys(refused.errors).length > 0 && Object.keys(refused.errors).every((key) => made.some((m) => m.spec.key === key));
       for (const m of made) {
         const text = refused.errors[m.spec.key];
         m.error.textContent = text || "";

@@ -62,6 +62,7 @@ export function runList({ open, changed }) {
   function sentence(run) {
     if (run.state === "running") return run.stage === "training" ? `step ${run.step} of ${run.total}` + (run.eta_s ? `, ${duration(run.eta_s)} left` : "") : STAGES[run.stage] || "";
     if (run.state === "failed" && run.text) return run.text;
+    if (run.state === "waiting") return run.model;
     return [run.model, ago(run.created)].filter(Boolean).join(" · ");
   }
 

@@ -15,7 +15,7 @@ export function mount(root) {
     h("p", {}, "A training that you start appears here, with its pictures as they are made. It goes on when this page is closed."),
     h("a", { class: "la-btn la-btn-primary la-btn-big", href: "/" }, "Make a LoRA"));
   const page = h("div", { class: "la-runs" }, h("aside", { class: "la-runs-side", "aria-label": "All runs" }, h("h1", { class: "la-h1" }, "Runs"), list.node), place);
-  fill(root, h("main", { id: "la-main", class: "la-main la-wide-main" }, empty, page));
+  fill(root, h("div", { id: "la-main", class: "la-main la-wide-main" }, empty, page));
   page.hidden = true;
 
   function open(id) {
@@ -29,7 +29,7 @@ export function mount(root) {
     detail = runDetail(id, {
       back: () => { open(null); history.pushState({}, "", "/runs"); },
       changed: () => poller.now(),
-      gone: () => { open(null); address({ run: null }); poller.now(); },
+      gone: () => { open(null); address({ run: null }); first = true; poller.now(); },
       open: (other) => { open(other); address({ run: other }); poller.now(); },
     });
     fill(place, detail.node);

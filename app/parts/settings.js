@@ -35,7 +35,7 @@ export async function mount(root) {
   }
   const section = (title, lead, ...rest) => h("section", { class: "la-section" }, h("h2", { class: "la-h2" }, title), lead && h("p", { class: "la-lead" }, lead), rest);
 
-  fill(root, h("main", { id: "la-main", class: "la-main" },
+  fill(root, h("div", { id: "la-main", class: "la-main" },
     h("h1", { class: "la-h1" }, "Settings"),
     section("Folders", "Models are used where they are; nothing is copied. The usual places of AUTOMATIC1111, Forge, ComfyUI, SD.Next, StabilityMatrix and the hub's cache are looked through anyway.",
       h("div", { class: "la-cols" },
