@@ -374,6 +374,7 @@ class Run:
             "images": self.started.get("images", 0),
             "epoch": self.now.get("epoch", 0),
             "visits": self.length(),
+            "visits_at_first": self.setting("train.visits"),
             "loss": self.now.get("loss"),
             "rate": self.now.get("rate", {}),
             "images_per_s": self.now.get("images_per_s"),

@@ -1,11 +1,16 @@
 // A table of pictures: named rows and columns, thumbnails that open large. What did not change is never touched, so nothing flickers.
 import { fill, h, lightbox } from "/static/core.js";
 
-/** Returns {node, set({corner, columns, rows, cell})}. With `follow`, newest columns (at the right) stay in sight, and the first one too.
+/** Returns {node, set({corner, columns, rows, cell, stay})}. With `follow`, the newest columns (at the right) stay in sight; with `stay`, the first one too.
  *  columns, rows: [{key, head: text or node, mark}]; cell(row key, column key) -> {thumb, full, text, data} or null. */
 export function matrix(label, { follow = false } = {}) {
-  const table = h("table", { class: "la-matrix", data: follow ? { first: "" } : {} });
+  const table = h("table", { class: "la-matrix" });
   const node = h("div", { class: "la-scroll la-matrix-scroll", tabindex: 0, role: "region", "aria-label": label }, table);
+  let atEnd = true;
+  if (follow) {  // unless the user looks at older ones
+    node.addEventListener("scroll", () => { atEnd = node.scrollLeft + node.clientWidth >= node.scrollWidth - 24; }, { passive: true });
+    new ResizeObserver(() => { if (atEnd) node.scrollLeft = node.scrollWidth; }).observe(table);
+  }
   let cells = new Map(), lines = null, head = null, columns = [], rows = [], look = () => null;
   const id = (r, c) => r.key + "\n" + c.key;
 
@@ -35,10 +40,10 @@ export function matrix(label, { follow = false } = {}) {
     node,
     set(next) {
       const grows = lines && same(rows, next.rows) && same(columns, next.columns.slice(0, columns.length));
-      const known = grows ? columns.length : 0, added = next.columns.length > known;
-      const atEnd = !lines || node.scrollLeft + node.clientWidth >= node.scrollWidth - 24;
+      const known = grows ? columns.length : 0;
       ({ rows, columns } = next);
       look = next.cell;
+      table.toggleAttribute("data-first", next.stay === true);
       if (grows) {
         for (const r of rows) columns.slice(0, known).forEach((c) => {
           const old = cells.get(id(r, c)).td, now = cell(r, c);
@@ -53,7 +58,6 @@ export function matrix(label, { follow = false } = {}) {
         fill(table, h("thead", {}, head), h("tbody", {}, [...lines.values()]));
         cells = new Map([...cells].filter(([, c]) => table.contains(c.td)));
       }
-      if (follow && atEnd && added) requestAnimationFrame(() => { node.scrollLeft = node.scrollWidth; });
     },
   };
 }

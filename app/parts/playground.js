@@ -9,7 +9,7 @@ const random = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
 /** Returns {node, show(run id, results), busy(the training that runs, or null), stop()}. */
 export function playground() {
-  let run = null, request = "", asked = false, errorAt = "", filled = null, known = "";
+  let run = null, request = "", asked = false, freeing = false, errorAt = "", filled = null, known = "";
   const number = (value, more) => h("input", { type: "number", value, ...more });
   const prompt = h("textarea", { rows: 3 }), negative = h("textarea", { rows: 2 }), file = h("select", {});
   const seed = number(1, { min: 0, max: 4294967295, step: 1 }), steps = number(20, { min: 1, max: 200, step: 1 }), guidance = number(7, { min: 1, max: 30, step: 0.5 });
@@ -29,7 +29,7 @@ export function playground() {
   fields.strength.node.querySelector("label").append(" ", strengthSays);
 
   const go = button("Generate", generate, { kind: "primary", title: "Ctrl+Enter" });
-  const free = button("Free the memory now", async () => { const now = await attempt(() => post("/playground/close")); if (now) { show(now); poller.now(); } }, { kind: "quiet", hidden: true });
+  const free = button("Free the memory now", async () => { if (await attempt(() => post("/playground/close"))) { freeing = true; poller.now(); } }, { kind: "quiet", hidden: true });
   const state = h("p", { class: "la-small la-muted la-num", role: "status", "aria-live": "polite" }), wrong = h("p", { class: "la-error", role: "alert", hidden: true });
   const taken = h("p", { class: "la-note", hidden: true });
   const result = pair({ side: true }), blank = h("div", { class: "la-play-blank" }, h("p", {}, "The picture without and with the LoRA appears here."));
@@ -75,8 +75,9 @@ export function playground() {
   function show(now) {
     const waits = asked && !now.pictures && !now.error;
     node.dataset.state = now.state;
-    free.hidden = !HELD.includes(now.state);
-    const text = now.state === "ready" && now.text ? `The playground ${now.text}.` : now.text || STATES[now.state] || "";
+    freeing &&= HELD.includes(now.state);
+    free.hidden = !HELD.includes(now.state) || freeing;
+    const text = freeing ? "The memory is given back …" : now.state === "ready" && now.text ? `The playground ${now.text}.` : now.text || STATES[now.state] || "";
     working(waits, waits && !BUSY.includes(now.state) ? "Asked …" : text);
     if (now.pictures) {
       blank.hidden = true;
@@ -85,7 +86,7 @@ export function playground() {
     }
     if (now.error && now.error !== errorAt) { wrong.textContent = errorAt = now.error; wrong.hidden = false; }
     if (!waits) asked = false;
-    return waits ? 0.7 : BUSY.includes(now.state) ? 2 : HELD.includes(now.state) ? 5 : 30;
+    return waits || freeing ? 0.7 : BUSY.includes(now.state) ? 2 : HELD.includes(now.state) ? 5 : 30;
   }
   const poller = poll(async () => show(await get("/playground" + (request ? "?request=" + request : ""))));
 

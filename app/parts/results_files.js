@@ -11,23 +11,20 @@ export function download(id, file, kind = "") {
 
 /** Copy a file into the LoRA folder; where none is set, ask for it first. `changed()` when the setting was made. */
 export async function copyToFolder(id, file, folder, changed) {
-  const send = () => post(`/runs/${encodeURIComponent(id)}/copy`, { file, folder: "" });
-  let done;
-  if (folder) done = await attempt(send);
-  else {
-    done = await chooseFolder(folder, "Copy there", send);
-    if (done) changed();
-  }
+  const send = (to) => post(`/runs/${encodeURIComponent(id)}/copy`, { file, folder: to });
+  const done = folder ? await attempt(() => send("")) : await chooseFolder("", "Copy there", send);
+  if (done && !folder) changed();
   if (done) toast(`Copied: ${done.paths[0]}` + (done.paths.length > 1 ? `, with ${done.paths.slice(1).map((p) => p.split(/[/\\]/).pop()).join(" and ")}.` : "."), "good");
 }
 
-/** Ask for the LoRA folder and keep it in the settings. */
-export function chooseFolder(folder, label, then = async () => true) {
+/** Ask for the LoRA folder, use it for `first(folder)`, and keep it in the settings once that has worked. */
+export function chooseFolder(folder, label, first = async () => true) {
   const control = h("input", { type: "text", value: folder, placeholder: "/path/to/models/Lora", spellcheck: false, autocomplete: "off" });
   const f = field("My LoRA folder", control, { help: "The folder from which your image program reads LoRAs: models/Lora in A1111 and Forge, models/loras in ComfyUI. It is asked once; the settings have it." });
   return formDialog("Where are your LoRAs?", f.node, label, async () => {
+    const done = await first(control.value.trim());
     await api("PATCH", "/settings", { lora_folder: control.value.trim() });
-    return then();
+    return done;
   });
 }
 

@@ -176,7 +176,7 @@ export function runActions({ path, changed, gone, open, exports, previews }) {
   async function further() {
     const name = unique("further"), base = run.visits || 1;
     const options = [25, 50, 100].map((percent) => {
-      const visits = base + Math.max(1, Math.round((base * percent) / 100)), steps = stepsFor(visits);
+      const visits = base + Math.max(1, Math.round(((run.visits_at_first || base) * percent) / 100)), steps = stepsFor(visits);
       return h("label", { class: "la-choice" }, h("input", { type: "radio", name, value: percent, checked: percent === 25 }), h("b", {}, `+${percent} %`),
         h("span", { class: "la-help la-num" }, [`to ${visits} visits`, `${steps - run.step} more steps`, time(steps - run.step)].filter(Boolean).join(", ")));
     });

@@ -33,12 +33,12 @@ export function runDetail(id, to) {
 
   const pictures = matrix("Pictures made while training", { follow: true });
   const noPictures = h("p", { class: "la-muted" });
-  const percentOf = (v) => (v >= 0.1 ? v.toFixed(3) : String(+v.toPrecision(3)));
+  const short = (v) => String(+v.toPrecision(3));
   const loss = chart("Loss", [
     { key: "loss", name: "Loss", kind: "noisy", colour: 1 },
     { key: "train", name: "Fixed noise, training images", kind: "marks", colour: 2 },
     { key: "held", name: "Fixed noise, images kept out", kind: "squares", colour: 3 },
-  ], { format: percentOf, controls: true });
+  ], { format: short, controls: true });
   const rates = chart("Learning rate", Object.entries(PARTS).map(([key, name], i) => ({ key, name, kind: "line", colour: i + 1 })), { format: rate, height: 120 });
   const schedule = h("p", { class: "la-small la-soft" });
   const curve = section("Curve", h("p", { class: "la-small la-soft" }, "Do not judge by the loss; look at the pictures. It is noisy by nature, and a good LoRA may have any."), loss.node);
@@ -169,6 +169,7 @@ export function runDetail(id, to) {
     if (now === shapes) return;
     shapes = now;
     pictures.set({
+      stay: previews[0].step === 0,
       columns: previews.map((p) => ({ key: p.step, head: p.step === 0 ? "Before training" : "Step " + p.step })),
       rows: [...rows].map(([row, text]) => ({ key: row, head: text })),
       cell(row, step) {

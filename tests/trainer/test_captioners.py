@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from trainer import __main__ as program
@@ -20,42 +19,11 @@ from trainer.data.scan import scan
 from trainer.run_dir import RunDir, is_alive
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    *["a", "red", "green", "blue", "cat", "dog", "house", "on", "the", "grass", "under", "tree", "sky", "with", "of"],
-    "##s",
-    "araffe",
-]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, one_thread) -> Path:
-    """A BLIP of random weights, 32 wide, in the files of a hub repository."""
-    from transformers import BlipConfig, BlipForConditionalGeneration
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
-
-    folder = tmp_path_factory.mktemp("blip")
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    special = {"bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
-    text = {**small, **special, "vocab_size": len(WORDS), "encoder_hidden_size": 32, "max_position_embeddings": 64}
-    torch.manual_seed(1)
-    model = BlipForConditionalGeneration(
-        BlipConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, initializer_factor=1.0)
-    )
-    for p in model.parameters():  # as made, its states are so small that every image gets the same words
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.5)
-    with torch.no_grad():  # words alone, no end: a random model may begin with it
-        model.text_decoder.cls.predictions.bias[:5] = -1000
-    model.save_pretrained(folder)
-    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}), encoding="utf-8")
-    return folder
+@pytest.fixture
+def model(small_blip) -> Path:
+    return small_blip
 
 
 @pytest.fixture

@@ -79,7 +79,9 @@ class App:
             if view["run"]["state"] in states:
                 return view
             time.sleep(0.3)
-        pytest.fail(f"{run} is {view['run']['state']} and not {states} after {seconds} s; {view['run']['text']} {view['run'].get('log_tail')}")
+        pytest.fail(
+            f"{run} is {view['run']['state']} and not {states} after {seconds} s; {view['run']['text']} {view['run'].get('log_tail')}"
+        )
 
     def runs(self) -> list[dict]:
         return self.get("/runs")["runs"]

@@ -188,7 +188,9 @@ def test_a_model_is_checked_and_named_for_what_it_is(page, app, tmp_path):
     from safetensors.numpy import save_file
 
     lora = tmp_path / "some.safetensors"
-    save_file({"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight": np.zeros((4, 320), np.float32)}, lora)
+    save_file(
+        {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight": np.zeros((4, 320), np.float32)}, lora
+    )
     page.locator("#model-path").fill(str(lora))
     page.locator("#model-check").click()
     expect(page.locator("#model-path-error")).to_contain_text("LoRA")

@@ -74,7 +74,10 @@ def test_the_keyboard_reaches_every_control(path, open_page, finished):
             hidden.append(at[2])
         if len(seen) == wanted:
             break
-    missed = page.evaluate("(seen) => [...document.querySelectorAll('[data-k]')].filter(e => !seen.includes(e.dataset.k)).map(e => e.outerHTML.slice(0, 120))", sorted(seen))
+    missed = page.evaluate(
+        "(seen) => [...document.querySelectorAll('[data-k]')].filter(e => !seen.includes(e.dataset.k)).map(e => e.outerHTML.slice(0, 120))",
+        sorted(seen),
+    )
     assert missed == []
     assert hidden == []
 
