@@ -22,14 +22,14 @@ export function mount(root) {
   const caption = h("p", { class: "la-small la-muted" });
   const hero = h("section", { class: "la-section la-hero", "aria-label": "Without and with" }, h("div", { class: "la-stack" }, both.node, caption), says);
   const tabs = h("div", { class: "la-tabs la-prompt-tabs", role: "tablist", "aria-label": "Prompts" });
-  const grid = matrix("Checkpoints and strengths");
+  const grid = matrix("Pictures of each checkpoint and strength");
   const panel = h("div", { role: "tabpanel", id: "matrix-panel", tabindex: -1 }, grid.node);
   const table = h("section", { class: "la-section", "aria-label": "Checkpoints and strengths" }, h("div", { class: "la-row la-between" }, h("h2", { class: "la-h2" }, "Checkpoints and strengths"), again),
     h("p", { class: "la-lead" }, "The same picture from each saved file, at three strengths. Each prompt has its own table; a prompt without the trigger word should look as it does without the LoRA."), tabs, panel);
   const files = fileList(() => poller.now()), play = playground(), meta = metadataView();
   const scores = h("tbody", {});
   const scoreView = h("details", { data: { details: "scores" } }, h("summary", {}, "How it was measured"), h("div", { class: "la-stack" },
-    h("p", { class: "la-small la-soft" }, "Gain: how much nearer the pictures with the trigger come to the training images (0: as without the LoRA). Drift: how far pictures without the trigger have moved (0: not at all). The earliest file with nine tenths of the gain is recommended, unless it drifts."),
+    h("p", { class: "la-small la-soft" }, "Gain: how much smaller the loss on fixed noise is with the LoRA than without it; 0 is nothing learnt. Drift: how far it pushes pictures without the trigger word, against what their own prompt does; 0 is not at all. Recommended is the earliest file with nine tenths of the best gain, before the drift grows too large."),
     h("div", { class: "la-scroll" }, h("table", { class: "la-table la-scores la-num" }, h("thead", {}, h("tr", {}, ["File", "Step", "Gain", "Drift"].map((t) => h("th", { scope: "col" }, t)))), scores))));
   const details = h("section", { class: "la-section la-run-section", "aria-label": "Details" }, h("h2", { class: "la-h2" }, "Details"), scoreView, meta.node);
   const body = h("div", { hidden: true }, job, hero, table, files.node, play.node, details);
@@ -164,6 +164,7 @@ export function mount(root) {
     panel.setAttribute("aria-labelledby", "prompt-tab-" + prompt);
     const best = r.recommended?.file;
     grid.set({
+      corner: "File",
       columns: strengths.map((s, k) => ({ key: k, head: `Strength ${s}` })),
       rows: rows.map((row) => ({ key: row.file, mark: row.file === best, head: [h("span", { class: "la-num" }, `Step ${row.step}`), row.file === best && h("span", { class: "la-row-best" }, "Recommended")] })),
       cell(file, k) {

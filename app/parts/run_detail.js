@@ -141,7 +141,7 @@ export function runDetail(id, to) {
   }
 
   function drawSentence(run) {
-    const text = run.state === "interrupted" ? "The run ended without a word: a power cut, a full memory, or somebody ended its process. Resume goes on from its last saved state."
+    const text = run.state === "interrupted" ? "The run ended without a word: a power cut, a full memory, or somebody ended its process. Resume goes on from its last saved state, or begins again where there is none."
       : run.state === "failed" ? run.text || "The run failed."
       : run.state === "stopped" ? "Stopped. Everything is kept; Resume goes on where it ended."
       : run.state === "waiting" ? `Waiting, number ${(run.position ?? 0) + 1} in the queue. It starts by itself when what runs before it has ended.` : "";
@@ -169,7 +169,7 @@ export function runDetail(id, to) {
     if (now === shapes) return;
     shapes = now;
     pictures.set({
-      stay: previews[0].step === 0,
+      corner: "Prompt", stay: previews[0].step === 0,
       columns: previews.map((p) => ({ key: p.step, head: p.step === 0 ? "Before training" : "Step " + p.step })),
       rows: [...rows].map(([row, text]) => ({ key: row, head: text })),
       cell(row, step) {
