@@ -78,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Idle: {found['idle_percent_of_a_core']} % of a core over {args.seconds:.0f} s")
     for part in ("without_a_run", "with_a_run"):
         for name, t in found[part].items():
-            print(f"{part.replace('_', ' '):14} {name:18} median {t['median_ms']:7.1f} ms, 95 % within {t['p95_ms']:7.1f} ms ({t['count']} times)")
+            print(
+                f"{part.replace('_', ' '):14} {name:18} median {t['median_ms']:7.1f} ms, 95 % within {t['p95_ms']:7.1f} ms ({t['count']} times)"
+            )
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
