@@ -93,6 +93,7 @@ export async function mount(root) {
       h("div", { class: "la-stack" }, h("h3", { class: "la-h3" }, "Bug report"),
         h("p", { class: "la-lead" }, "A zip with the log, the settings of the last runs and versions. It holds no images and no token; captions, prompts, names and home folders are blotted out unless you tick them."),
         h("div", { class: "la-row" }, boxes.map(([, b, name]) => h("label", { class: "la-row" }, b, "with " + name))), h("div", {}, link)),
+      system.password && h("form", { method: "post", action: "/logout" }, h("button", { type: "submit", class: "la-btn" }, "Log out of this browser")),
       h("p", { class: "la-small la-muted" }, "Scripts can do what this page does: ", h("a", { href: "/help/api.md" }, "the HTTP interface"), "."));
   }
 }
