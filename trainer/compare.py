@@ -26,25 +26,21 @@ variety the mean distance between four pictures (seeds) of one prompt with the t
 
 ## Where the thresholds come from
 
-Demo base, pictures of 10 steps at guidance 4; `right`: share of 24 bare nouns ("a cat") of which the demo's classifier, which knows neither gain nor
-drift, says that they show their own subject (0.96 for the base alone); `shown`: share of the concept's prompts that show it.
+Trainings of the demo base on one H200: owl and zorp, each under-trained, of the right length (preset sd1/demo), and over-trained (2 and 4
+times as long, constant rate), two seeds each: tests/trainer/compare_calibration.json has every file's figures. The judge is the demo's
+classifier, which knows neither gain nor drift. `right`: share of 24 bare nouns ("a cat") that still show their own subject (0.96 for the base
+alone); `shown`: share of the concept's prompts that show it. Of the last files (gain on training images), both seeds:
 
-    run                                   step   gain  drift  right  shown  variety
-    zorp, preset sd1/demo                   66  0.774    8.5          0.25     1.74
-                                            99  0.813    8.5   0.88   0.75     1.51
-                                           132  0.829   12.1          0.75     1.36
-                                           198  0.839   16.6          1.00     0.31
-                                           266  0.840   18.1   0.71   1.00     0.27
-      at strength 0.6                           0.752    5.0          0.25
-      at strength 1.3                           0.814   35.5          1.00
-    zorp, 4 times as long at 2e-3          133  0.838   21.4   0.63   1.00     0.34
-                                          1064  0.669   44.3   0.46   1.00     0.19
-      at strength 0.6                           0.716   15.7          0.75
+    run                gain       drift        right        shown
+    zorp, under-trained 0.79 0.76   6.8  6.0   0.92 1.00    0.06 0.00
+    zorp, right length  0.92 0.92  22.5 24.8   0.71 0.75    1.00 1.00
+    zorp, over-trained  0.97 0.97  78.0 72.7   0.38 0.46    1.00 1.00
+    owl, right length   0.94 0.94  25.7 31.1   0.88 0.88    1.00 1.00
+    owl, over-trained   0.97 0.98  48.7 55.2   0.58 0.58    1.00 1.00
 
-DRIFT_LIMIT lies where `right` begins to fall, SPILLS where it falls below two thirds. WEAKER_IS_BETTER: of the run of the right
-length strength 0.6 has 0.76 of what 1.0 has learnt, of the over-trained one 1.14. STRONGER_IS_BETTER says what the hint says and
-has no calibration. LESS_VARIETY is not settled: the file of step 266 measured
-0.27 once and 1.98 in another run of the same settings; the limit is low so that the hint rather stays away. No threshold was measured on SD1.5 yet.
+DRIFT_LIMIT: zorp files up to 15 have right >= 0.79. SPILLS: no run of the right length ends above 31.1, no over-trained one below 44.9.
+WEAKER_IS_BETTER and STRONGER_IS_BETTER say what their hints say and were not calibrated; LESS_VARIETY is not settled (one file measured 0.27
+once and 1.98 in another run of the same settings), so it is low and the hint rather stays away. Nothing was measured on SD1.5 yet.
 """
 
 from __future__ import annotations
@@ -78,7 +74,7 @@ GENERIC = (
 )
 NINE_TENTHS = 0.9
 DRIFT_LIMIT = 15.0
-SPILLS = 20.0
+SPILLS = 38.0
 LESS_VARIETY = 0.2
 WEAKER_IS_BETTER = 1.02
 STRONGER_IS_BETTER = 1.05
@@ -414,7 +410,7 @@ def learnt(gain: float) -> float:
 def recommend(scores: Sequence[dict[str, Any]], has_trigger: bool) -> dict[str, Any]:
     """{file, step, why}: the earliest file with nine tenths of the most that any learnt, before prompts without the trigger drift.
 
-    Where the drift comes first: the one that learnt most before it, if that is at least half. Without a trigger (a style that is
+    Where the drift comes first: the one that learnt most before it, if that is at least half; else the one that drifts least. Without a trigger (a style that is
     meant to show everywhere) drift is no fault. `scores` are sorted by step and not empty.
     """
 
@@ -438,7 +434,11 @@ def recommend(scores: Sequence[dict[str, Any]], has_trigger: bool) -> dict[str, 
         return choice(
             best, f"It has {share:.0%} of what the best file has learnt; the later ones change pictures without the trigger word too."
         )
-    return choice(first, "The earliest that has learnt the subject; like the later ones, it changes pictures without the trigger word too.")
+    half = [s for s in scores if learnt(s["gain"]) >= most / 2]
+    return choice(
+        min(half, key=lambda s: s["drift"]),
+        "Every file that has learnt enough changes pictures without the trigger word too; this one least.",
+    )
 
 
 def hints(measured: dict[str, Any], *, has_trigger: bool) -> list[str]:

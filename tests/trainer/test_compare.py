@@ -10,7 +10,7 @@ import pytest
 
 from trainer import __main__ as program
 from trainer import control, events, plan
-from trainer.compare import DRIFT_LIMIT, GENERIC, choose_prompts, compare, exported, hints, learnt, recommend, spread, told_words
+from trainer.compare import DRIFT_LIMIT, GENERIC, SPILLS, choose_prompts, compare, exported, hints, learnt, recommend, spread, told_words
 from trainer.run_dir import RunDir, is_alive
 
 STRONG = {
@@ -164,7 +164,7 @@ def scores(*pairs: tuple[float, float]) -> list[dict]:
     return [{"file": f"f{k}", "step": k, "gain": gain, "drift": drift} for k, (gain, drift) in enumerate(pairs)]
 
 
-CALM, WILD = DRIFT_LIMIT / 2, DRIFT_LIMIT * 2
+CALM, WILD = DRIFT_LIMIT - 5, SPILLS + 10
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ CALM, WILD = DRIFT_LIMIT / 2, DRIFT_LIMIT * 2
     [
         ([(0.02, CALM), (0.05, CALM), (0.095, CALM), (0.1, CALM), (0.1, CALM)], True, "f2", "stay as they were"),
         ([(0.02, CALM), (0.06, CALM), (0.095, WILD), (0.1, WILD)], True, "f1", "59%"),
-        ([(0.02, CALM), (0.04, WILD), (0.095, WILD), (0.1, WILD)], True, "f2", "like the later ones"),  # f0 has too little
+        ([(0.02, CALM), (0.04, WILD), (0.095, WILD), (0.1, WILD)], True, "f2", "this one least"),  # f0 has too little
         ([(0.02, CALM), (0.06, WILD), (0.095, WILD), (0.1, WILD)], False, "f2", "add little"),
         ([(0.1, CALM), (0.08, CALM), (-0.2, WILD)], True, "f0", "stay as they were"),
         ([(-0.1, CALM), (-0.2, CALM)], True, "f1", "nothing was learnt"),
@@ -214,76 +214,35 @@ def test_hints_come_from_what_was_measured():
     assert learnt(0.1) == pytest.approx(0.105, abs=0.001) and learnt(-0.5) < 0
 
 
-# calibration: the rule on demo runs, judged by the demo's classifier, which knows neither gain nor drift
-
-DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo"
+# calibration
 
 
-def judged(root: Path, concept: str, files: list[str]) -> dict[str, tuple[float, float]]:
-    """{file: (share of pictures of the concept's prompts that show it, share of 24 bare nouns (`a cat`) that show their own subject)}."""
-    from trainer.demo import measure, world
-    from trainer.demo.run import CONCEPTS
-    from trainer.generate import Studio
-
-    classifier, studio = measure.load_classifier(DEMO / "classifier.safetensors"), Studio("demo", device="cpu", say=print)
-    subjects = list(world.SUBJECTS)[:24]
-    look = {"steps": 10, "guidance": 4.0, "size": (128, 128)}
-    out = {}
-    for file in files:
-        studio.wear(root / file)
-        own = measure.name_subjects(classifier, studio.sample(CONCEPTS[concept][1], [2000 + k for k in range(4)], **look))
-        others = studio.sample([f"a {name}" for name in subjects], [1000 + k for k in range(24)], **look)
-        right = sum(a == b for a, b in zip(measure.name_subjects(classifier, others), subjects, strict=True))
-        out[file] = own.count(concept) / len(own), right / len(subjects)
-    return out
+CALIBRATION = json.loads((Path(__file__).parent / "compare_calibration.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("concept", ["zorp", "owl"])
-def test_calibration_on_a_run_that_was_trained_far_too_long(concept, tmp_path):
-    """4 times the visits at a higher rate, without decay: the last file has forgotten the world, and the rule says so."""
-    from trainer import run
-    from trainer.config.load import load
+def rows_of(run: str, strength: float = 1.0) -> list[dict]:
+    return [{**r, "file": str(r["step"])} for r in CALIBRATION if r["run"] == run and r["strength"] == strength]
 
-    data = [
-        {"folder": str(DEMO / "data" / concept / "train"), "trigger": "zorp" if concept == "zorp" else ""},
-        {"folder": str(DEMO / "data" / concept / "held_out"), "kind": "validation"},
-    ]
-    rates = {"unet": {"learning_rate": 1.6e-3}, "text_1": {"learning_rate": 1.6e-3}}
-    values = {
-        "data": data,
-        "part": rates,
-        "train": {"visits": 304, "device": "cpu"},
-        "schedule": {"kind": "constant"},
-        "output": {"save_every": 66},
-        "preview": {"enabled": False, "steps": 4},
-        "validation": {"every": 0},
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("concept", ["owl", "zorp"])
+def test_the_rule_on_measured_runs_by_an_independent_judge(concept, seed):
+    """Real runs, measured on a GPU; `right` and `shown` are the classifier's verdict, which the rule never sees."""
+    right, over = (rows_of(f"{concept}-{kind}-{seed}") for kind in ("right", "over"))
+    best = next(r for r in right if r["step"] == recommend(right, True)["step"])
+    assert best["shown"] >= 0.8 and best["right"] >= max(0.78, right[-1]["right"]) and best["step"] < right[-1]["step"]
+    best = next(r for r in over if r["step"] == recommend(over, True)["step"])
+    assert best["shown"] >= 0.9 and best["right"] >= over[-1]["right"] + 0.1 and best["step"] < over[-1]["step"] / 2
+
+
+@pytest.mark.parametrize("run", sorted({r["run"] for r in CALIBRATION if not r["run"].startswith("sunset")}))
+def test_over_trained_is_said_of_the_over_trained_alone(run):
+    last = {s: rows_of(run, s)[-1] for s in (0.6, 1.0, 1.3)}
+    measured = {
+        "file": "a",
+        "variety": 1.0,
+        "gain_at": {str(s): r["gain"] for s, r in last.items()},
+        "drift_at": {str(s): r["drift"] for s, r in last.items()},
     }
-    run.train(load(preset="sd1/demo", values=values), tmp_path)
-    assert compare(tmp_path, device="cpu") == "finished"
-    found = results(tmp_path)
-    best, last = found["recommended"]["file"], found["scores"][-1]["file"]
-    verdict = judged(tmp_path, concept, [best, last])
-    print(json.dumps({**found["measured"], "scores": found["scores"], "recommended": found["recommended"], "verdict": verdict}))
-    assert best != last and verdict[best][0] >= 0.75
-    assert verdict[best][1] >= verdict[last][1] + 0.15
-    assert any("over-trained" in hint for hint in found["hints"])
-
-
-@pytest.mark.slow
-def test_calibration_on_a_run_of_the_right_length(tmp_path):
-    from trainer import run
-    from trainer.config.load import load
-
-    data = [
-        {"folder": str(DEMO / "data" / "zorp" / "train"), "trigger": "zorp"},
-        {"folder": str(DEMO / "data" / "zorp" / "held_out"), "kind": "validation"},
-    ]
-    output = {"save_every": 33}
-    values = {"data": data, "output": output, "train": {"device": "cpu"}, "preview": {"enabled": False, "steps": 4}}
-    run.train(load(preset="sd1/demo", values=values), tmp_path)
-    assert compare(tmp_path, device="cpu") == "finished"
-    found = results(tmp_path)
-    (own, others) = judged(tmp_path, "zorp", [found["recommended"]["file"]])[found["recommended"]["file"]]
-    assert own >= 0.5 and others >= 0.75 and "stay as they were" in found["recommended"]["why"]
-    assert not any("over-trained" in hint for hint in found["hints"])
+    said = " ".join(hints(measured, has_trigger=True))
+    assert ("over-trained" in said) == (run.split("-")[1] in ("mild", "over")), said
