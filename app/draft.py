@@ -22,12 +22,12 @@ from app import datasets, forms, models, settings
 from app.errors import Problem
 from app.paths import ROOT, Home
 from trainer.config import TrainConfig
-from trainer.config.load import ConfigError, merge, presets, read_preset, validate
+from trainer.config.load import ConfigError, merge, overlays, presets, read_preset, validate
 from trainer.data.scan import DataError, listing
 from trainer.run_dir import RunDir, write_atomic
 
 PURPOSES = ("character", "style", "object")
-FIELDS = ("purpose", "name", "class_word", "trigger", "model", "preset")  # what PATCH may set, beside `changes`
+FIELDS = ("purpose", "name", "class_word", "trigger", "model", "variant", "preset")  # what PATCH may set, beside `changes`
 EXAMPLE = ROOT / "assets" / "demo" / "data" / "zorp" / "train"
 WORDS = ROOT / "assets" / "models" / "sd1" / "tokenizer" / "vocab.json"
 OURS = ("model.source", "data", "output.name", "adapter.kind")  # made from the draft itself, never by `changes`
@@ -41,7 +41,7 @@ def load(home: Home) -> dict[str, Any]:
     """The draft; a fresh one where there is none. A damaged file is kept beside it as draft.damaged.json."""
     with _lock:
         try:
-            kept = json.loads(home.draft.read_text(encoding="utf-8"))
+            kept = _completed(json.loads(home.draft.read_text(encoding="utf-8")))
             if not _is_draft(kept):
                 raise ValueError("not a draft")
         except FileNotFoundError:
@@ -49,11 +49,23 @@ def load(home: Home) -> dict[str, Any]:
         except ValueError:
             home.draft.replace(home.draft.with_name("draft.damaged.json"))
             return _save(home, _fresh(home))
-        if f"{forms.families()[0]}/{kept['preset']}" not in presets():
+        if kept["preset"] not in _courses():
             kept["preset"] = "balanced"
-        if not folder(home, kept).is_dir():  # somebody deleted it: what was typed stays
+        try:
+            datasets.open(home, kept["dataset"])
+        except Problem:  # somebody deleted or renamed it: what was typed stays
             return _save(home, kept | {"dataset": datasets.create(home).id, "revision": kept["revision"] + 1})
         return kept
+
+
+def _completed(kept: Any) -> Any:
+    """A draft of an earlier version with the fields that have come since."""
+    return {"variant": ""} | kept if isinstance(kept, dict) else kept
+
+
+def _courses() -> set[str]:
+    """The names of presets, of whatever family."""
+    return {name.partition("/")[2] for name in presets()}
 
 
 def _is_draft(kept: Any) -> bool:
@@ -64,7 +76,7 @@ def _is_draft(kept: Any) -> bool:
 def _blank(dataset: str) -> dict[str, Any]:
     return {
         "dataset": dataset, "purpose": "character", "name": "", "class_word": "", "trigger": "", "trigger_follows": True,
-        "model": "", "preset": "balanced", "changes": {}, "example": False, "revision": 1,
+        "model": "", "variant": "", "preset": "balanced", "changes": {}, "example": False, "revision": 1,
     }  # fmt: skip
 
 
@@ -109,11 +121,14 @@ def update(home: Home, **changes: Any) -> dict[str, Any]:
                 errors[key] = f"{key} is {str(value)[:80]!r}; it must be a text of at most 4000 characters."
             elif key == "purpose" and value not in PURPOSES:
                 errors[key] = f"purpose is {value!r}; it must be one of {', '.join(PURPOSES)}."
-            elif key == "preset" and value not in {n.partition("/")[2] for n in presets()}:
-                errors[key] = f"preset is {value!r}, which does not exist. There are: {', '.join(n.partition('/')[2] for n in presets())}."
+            elif key == "preset" and value not in _courses():
+                errors[key] = f"preset is {value!r}, which does not exist. There are: {', '.join(sorted(_courses()))}."
+            elif key == "variant" and value not in ("", "none", *variants(family(home, draft))):
+                there = ", ".join(("none", *variants(family(home, draft))))
+                errors[key] = f"variant is {value!r}; for this model it must be empty (by its name) or one of {there}."
             elif key == "model":
                 new[key] = models.unquote(value)
-            elif key == "preset":
+            elif key in ("preset", "variant"):
                 new[key] = value
             else:
                 new[key] = " ".join(value.split()) if key != "purpose" else value
@@ -132,6 +147,8 @@ def update(home: Home, **changes: Any) -> dict[str, Any]:
                 new["changes"][key] = value
         if errors:
             raise Problem(" ".join(errors.values()), errors=errors)
+        if new["model"] != draft["model"] and "variant" not in changes:
+            new["variant"] = ""
         if new["model"] != draft["model"] and draft["example"] and new["model"] != "demo":
             new |= {"example": False, "preset": "balanced" if new["preset"] == "demo" else new["preset"]}
         if new["trigger_follows"]:
@@ -140,7 +157,7 @@ def update(home: Home, **changes: Any) -> dict[str, Any]:
 
 
 def _refused(key: str) -> str | None:
-    if any(key == o or key.startswith(f"{o}.") for o in OURS):
+    if any(key == o or key.startswith(f"{o}.") for o in (*OURS, *forms.KEPT)):
         return f"{key} is not set here: {forms.hidden(key)}."
     if key not in forms.leaves():
         return f"{key} is not a known setting. GET /api/form lists them."
@@ -158,10 +175,16 @@ def new(home: Home) -> dict[str, Any]:
 def _before(home: Home) -> dict[str, Any] | None:
     """What `undo_new` would bring back, or None where there is none or its data set is gone."""
     try:
-        before = json.loads(_previous(home).read_text(encoding="utf-8"))
+        before = _completed(json.loads(_previous(home).read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
-    return before if _is_draft(before) and folder(home, before).is_dir() else None
+    if not _is_draft(before):
+        return None
+    try:
+        datasets.open(home, before["dataset"])
+    except Problem:
+        return None
+    return before
 
 
 def can_undo_new(home: Home) -> bool:
@@ -213,7 +236,7 @@ def from_run(home: Home, run: Path, start: bool = False) -> dict[str, Any]:
     with _lock:
         before = load(home)
         data = datasets.create(home)
-        taken = _take(values, _blank(data.id), nearest=True)
+        taken = _take(home, values, _blank(data.id) | _kind_of(run), nearest=True)
         data.add_folder(images, undoable=False)
         taken["example"] = taken["model"] == "demo"
         if start:
@@ -318,25 +341,49 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def family(home: Home, draft: Mapping[str, Any]) -> str:
-    """The family whose presets apply: the chosen model's, or the first that can be trained."""
+    """The family whose presets apply: the chosen model's, or what was said of it, or the first that can be trained."""
     model, _ = models.glance(home, draft["model"], draft["example"])
-    return model["family"] if model and model["family"] in forms.families() else forms.families()[0]
+    found = model["family"] if model and model["trainable"] else None
+    said = draft["changes"].get("model.family")
+    return next((f for f in (found, said) if f in forms.families()), forms.families()[0])
 
 
-def preset_name(home: Home, draft: Mapping[str, Any]) -> str:
-    name = f"{family(home, draft)}/{draft['preset']}"
-    return name if name in presets() else f"{forms.families()[0]}/{draft['preset']}"
+def variants(family: str) -> list[str]:
+    """Overlays for the models of a family that have words of their own, such as `anime`."""
+    return [name for name in overlays(family) if name not in PURPOSES]
+
+
+def variant(home: Home, draft: Mapping[str, Any]) -> str:
+    """The variant whose overlay is laid on the preset: the user's word, or what the model's name says; "" for none."""
+    if draft["variant"]:
+        chosen = draft["variant"]
+    else:
+        model, _ = models.glance(home, draft["model"], draft["example"])
+        chosen = model["words"] if model else ""
+    return chosen if chosen in variants(family(home, draft)) else ""
+
+
+def preset_name(home: Home, draft: Mapping[str, Any], course: str | None = None) -> str:
+    """The preset `family/course`, and what is laid on it for the kind of model and the purpose: `sdxl/balanced+anime+style`."""
+    of = family(home, draft)
+    name = f"{of}/{course or draft['preset']}"
+    if name not in presets():
+        name = f"{forms.families()[0]}/{course or draft['preset']}"
+    over = [variant(home, draft), draft["purpose"]]
+    return "+".join([name, *(o for o in over if o in overlays(name.partition("/")[0]))])
 
 
 def compose(home: Home, draft: Mapping[str, Any], changed: bool = True) -> dict[str, Any]:
     """The draft as nested values for trainer.config.load.validate; without `changed`, as the preset alone has them.
 
-    A change that the chosen kind of optimizer has no field for waits in the draft until that kind is chosen again.
+    A change that the family or the chosen kind of optimizer has no field for waits in the draft until one that has it is chosen.
     """
     own = {k: v for k, v in draft["changes"].items() if changed}
-    values = merge(read_preset(preset_name(home, draft)), nest(own))
+    kept = {k: own.pop(k) for k in forms.KEPT if k in own}
+    values, of = merge(read_preset(preset_name(home, draft)), nest(own)), family(home, draft)
     flat = dict(flatten(values))
-    values = nest({k: v for k, v in flat.items() if forms.applies(k, forms.defaults() | flat)})
+    values = nest({k: v for k, v in flat.items() if forms.applies(k, forms.defaults() | flat, of)})
+    values = merge(values, nest(kept))
     if settings.load(home).memory == "low":
         batch = flat.get("train.batch_size", forms.defaults()["train.batch_size"])
         saving = {"checkpointing": True, "accumulation": batch}
@@ -354,7 +401,7 @@ def check(home: Home, draft: Mapping[str, Any]) -> tuple[TrainConfig | None, dic
     try:
         return validate(compose(home, draft)), {}
     except ConfigError as error:
-        return None, {_place(field, text): text for field, text in error.errors.items()}
+        return None, {_place(field, text): forms.in_words(text) for field, text in error.errors.items()}
 
 
 def _place(field: str, text: str) -> str:
@@ -397,7 +444,10 @@ def view(home: Home, draft: dict[str, Any] | None = None, caption_job: dict[str,
         "trigger_warning": trigger_warning(draft, texts),
         "model": model,
         "model_error": model_error,
-        "presets": preset_cards(family(home, draft), draft["example"]),
+        "family": family(home, draft),
+        "variant": variant(home, draft),
+        "variants": variant_choices(family(home, draft)),
+        "presets": preset_cards(home, draft),
         "values": effective,
         "preset_values": preset,
         "errors": check(home, draft)[1],
@@ -407,23 +457,27 @@ def view(home: Home, draft: dict[str, Any] | None = None, caption_job: dict[str,
     }
 
 
-def preset_cards(family: str, example: bool) -> list[dict[str, Any]]:
-    """The presets of a family from quick to thorough; the toy's own stands alone, and is not offered to others."""
+def variant_choices(family: str) -> list[list[str]]:
+    """[name, title, why] of every variant of a family."""
+    abouts = {name: tomllib.loads(overlays(family)[name].read_text(encoding="utf-8"))["about"] for name in variants(family)}
+    return [[name, about["title"], about["why"]] for name, about in abouts.items()]
+
+
+def preset_cards(home: Home, draft: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The presets of the model's family from quick to thorough; the toy's own stands alone, and is not offered to others."""
+    of, example = family(home, draft), draft["example"]
     order = ["demo"] if example else ["quick", "balanced", "thorough"]
-    found = {n.partition("/")[2]: path for n, path in presets().items() if n.startswith(f"{family}/")}
+    found = {n.partition("/")[2]: path for n, path in presets().items() if n.startswith(f"{of}/")}
     others = [] if example else sorted(set(found) - {*order, "demo"})
     cards = []
     for name in [n for n in order if n in found] + others:
         about = tomllib.loads(found[name].read_text(encoding="utf-8")).get("about", {})
-        config = validate(read_preset(f"{family}/{name}") | {"data": [{"folder": "."}]})
-        text = config.part.text_1
-        facts = {
-            "rank": config.adapter.rank,
-            "alpha": config.adapter.alpha,
-            "unet": config.part.unet.learning_rate if config.part.unet.train else None,
-            "text_1": text.learning_rate if text.train else None,
-            "visits": config.train.visits,
-        }
+        config = validate(read_preset(preset_name(home, draft, name)) | {"data": [{"folder": "."}]})
+        facts: dict[str, Any] = {"rank": config.adapter.rank, "alpha": config.adapter.alpha}
+        for part, settings_of in config.part:
+            if forms.applies(f"part.{part}.train", {}, of):
+                facts[part] = settings_of.learning_rate if settings_of.train else None
+        facts["visits"] = config.train.visits
         cards.append({"name": name, **{k: about.get(k, "") for k in ("title", "why", "source")}, "facts": facts})
     return cards
 
@@ -434,6 +488,7 @@ def preset_cards(family: str, example: bool) -> list[dict[str, Any]]:
 def to_toml(home: Home, draft: Mapping[str, Any]) -> str:
     """The draft as a configuration file: what was chosen as settings, what the preset says as comments beside it."""
     effective, preset = values(home, draft)
+    of = family(home, draft)
     lines = [
         "# What the next training will be. Lines that begin with # are the preset's own values: take the # away to change one.",
         f"preset = {_toml(preset_name(home, draft))}",
@@ -445,12 +500,17 @@ def to_toml(home: Home, draft: Mapping[str, Any]) -> str:
     ]
     fixed = {"model": {"source": draft["model"]}, "output": {"name": slug(draft["name"])}}
     for section in dict.fromkeys(["model", *(s["name"] for s in forms.form()["sections"])]):
-        keys = [k for k in effective if k.rpartition(".")[0] == section and forms.applies(k, effective)]
-        lines += ["", f"[{section}]", *(f"{k} = {_toml(v)}" for k, v in fixed.get(section, {}).items())]
+        keys = [k for k in effective if k.rpartition(".")[0] == section and forms.applies(k, effective, of)]
+        if keys or section in fixed:
+            lines += ["", f"[{section}]", *(f"{k} = {_toml(v)}" for k, v in fixed.get(section, {}).items())]
         for key in keys:
             value, said = effective[key], key in draft["changes"] or effective[key] != preset[key]
             text = '""' if value is None else _toml(value)
             lines.append(f"{'' if said else '# '}{key.rpartition('.')[2]} = {text}")
+    for entry in draft["changes"].get("model.merge", []):
+        lines += ["", "[[model.merge]]", *(f"{k} = {_toml(v)}" for k, v in entry.items())]
+    for block, own in draft["changes"].get("adapter.blocks", {}).items():
+        lines += ["", f"[adapter.blocks.{_toml(block)}]", *(f"{k} = {_toml(v)}" for k, v in own.items() if v is not None)]
     return "\n".join(lines) + "\n"
 
 
@@ -481,7 +541,7 @@ def from_toml(home: Home, text: str) -> dict[str, Any]:
                 f"data.1.folder is {named[0]!r}; on this page it is {str(own)!r}, the images above. Add other images there.",
                 errors={"data.1.folder": f"The images of a training are added above; leave folder = {str(own)!r}."},
             )
-        taken = _take(raw, draft)
+        taken = _take(home, raw, draft)
         return _save(home, taken | {"revision": draft["revision"] + 1})
 
 
@@ -489,61 +549,85 @@ def take(home: Home, raw: dict[str, Any]) -> dict[str, Any]:
     """Take the settings of a configuration of ours over, its folders left aside. Raises Problem; nothing is changed then."""
     with _lock:
         draft = load(home)
-        return _save(home, _take(raw, draft, nearest=True) | {"revision": draft["revision"] + 1})
+        return _save(home, _take(home, raw, draft, nearest=True) | {"revision": draft["revision"] + 1})
 
 
 def adopt(home: Home, changes: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
     """Lay settings from elsewhere on the draft, also such as are not allowed here: the view's errors name them."""
     with _lock:
         draft = load(home)
-        new = {**draft, **fields, "revision": draft["revision"] + 1}
-        _, preset = values(home, draft)
-        new["changes"] = {k: v for k, v in {**draft["changes"], **changes}.items() if v != preset.get(k)}
+        new = {**draft, **fields, "changes": {**draft["changes"], **changes}, "revision": draft["revision"] + 1}
+        _, preset = values(home, new)  # of the family that these say
+        new["changes"] = {k: v for k, v in new["changes"].items() if v != preset.get(k)}
         if new["trigger_follows"]:
             new["trigger"] = make_trigger(new["name"], new["class_word"])
         return _save(home, new)
 
 
-def _take(raw: dict[str, Any], draft: Mapping[str, Any], nearest: bool = False) -> dict[str, Any]:
+def _kind_of(run: Path) -> dict[str, str]:
+    """The purpose for which the app started a run, where it did."""
+    try:
+        purpose = json.loads((run / "atelier.json").read_text(encoding="utf-8")).get("purpose")
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return {"purpose": purpose} if purpose in PURPOSES else {}
+
+
+def _take(home: Home, raw: dict[str, Any], draft: Mapping[str, Any], nearest: bool = False) -> dict[str, Any]:
     """The draft that a configuration says: its own fields, and what differs from its preset as changes.
 
     Without a preset in it, what it does not name has the defaults of the configuration, not those of the draft's preset; with
-    `nearest`, the preset is then the one that leaves the fewest changes.
+    `nearest`, the preset is then the one that leaves the fewest changes. A preset of another family than the model's counts for its
+    name, and its numbers are changes.
     """
     raw = dict(raw)
     named = raw.pop("preset", None)
-    known = {n: n.partition("/")[2] for n in presets()}
-    if named is not None and named not in known:
-        raise Problem(f"preset is {named!r}, which does not exist. There are: {', '.join(known)}.", errors={"preset": "no such preset"})
-    base = read_preset(named) if named else {}
+    try:
+        base = read_preset(named) if isinstance(named, str) else {}
+    except ConfigError:
+        base = None
+    if base is None or not isinstance(named, str | None):
+        raise Problem(f"preset is {named!r}, which does not exist. There are: {', '.join(presets())}.", errors={"preset": "no such preset"})
+    course, *over = named.partition("/")[2].split("+") if named else (draft["preset"],)
     data = raw.get("data") or [{"folder": "."}]
     try:
         config = validate(merge(base, {**raw, "data": data}))
     except ConfigError as error:
         raise Problem(str(error), errors=error.errors) from None
     entry = next(d for d in config.data if d.kind == "train")
-    family = config.model.family if config.model.family != "auto" else forms.families()[0]
     flat = dict(flatten(config.model_dump(mode="json")))
     if entry.visits:
         flat["train.visits"] = entry.visits
-    toy = config.model.source == "demo" and "model" in raw
-    preset = known[named] if named else "demo" if toy and nearest else draft["preset"]
-
-    def changes(name: str) -> dict[str, Any]:
-        compared = validate(merge(read_preset(f"{family}/{name}"), {"data": data}))
-        reference = forms.defaults() | dict(flatten(compared.model_dump(mode="json")))
-        differs = {k: v for k, v in flat.items() if k in reference and not forms.hidden(k) and v != reference[k]}
-        return {k: "" if v is None else v for k, v in differs.items()}  # null would drop the change
-
-    new = dict(draft)
-    if nearest and not named and not toy:
-        preset = min(
-            (n.partition("/")[2] for n in presets() if n.startswith(f"{family}/") and not n.endswith("/demo")),
-            key=lambda n: len(changes(n)),
-        )
-    new["changes"] = changes(preset)
+    new = dict(draft) | {"changes": {}}
     if "model" in raw and "source" in raw["model"]:
         new["model"] = config.model.source
+    toy = new["model"] == "demo" and "model" in raw
+    if new["model"] != "demo":
+        new["example"] = False
+    if flat["model.family"] != "auto":
+        new["changes"] = {"model.family": flat["model.family"]}  # so that its presets are those that are compared with
+    if named:
+        of = named.partition("/")[0]
+        new["purpose"] = next((o for o in over if o in PURPOSES), draft["purpose"] if draft["purpose"] not in overlays(of) else PURPOSES[0])
+        wanted = next((o for o in over if o not in PURPOSES), "")
+        if variants(of):
+            new["variant"] = "" if wanted == variant(home, new | {"variant": ""}) else wanted or "none"
+
+    def changes(course: str) -> dict[str, Any]:
+        name = preset_name(home, new, course)
+        compared = validate(merge(read_preset(name), {"data": data}))
+        reference = forms.defaults() | dict(flatten(compared.model_dump(mode="json")))
+        differs = {k: v for k, v in flat.items() if k in reference and not forms.hidden(k) and v != reference[k]}
+        differs = {k: v for k, v in differs.items() if forms.applies(k, flat, family(home, new))}
+        return {k: "" if v is None else v for k, v in differs.items()}  # null would drop the change
+
+    if toy and nearest and not named:
+        course = "demo"
+    if course == "demo" and new["model"] != "demo":
+        course = "balanced"
+    if nearest and not named and not toy:
+        course = min((c for c in sorted(_courses()) if c != "demo"), key=lambda c: len(changes(c)))
+    new |= {"preset": course, "changes": changes(course) | _whole(config)}
     if "data" in raw:
         new |= {"trigger": entry.trigger, "class_word": entry.class_word}
         new["trigger_follows"] = draft["trigger_follows"] and entry.trigger == draft["trigger"]
@@ -551,8 +635,11 @@ def _take(raw: dict[str, Any], draft: Mapping[str, Any], nearest: bool = False) 
         new["name"] = config.output.name
     if config.output.title and slug(config.output.title) == slug(new["name"]):  # the title is the name as it was typed
         new["name"] = new["changes"].pop("output.title", config.output.title)
-    new["preset"] = preset
-    if new["model"] != "demo":
-        new["example"] = False
-        new["preset"] = "balanced" if new["preset"] == "demo" else new["preset"]
     return new
+
+
+def _whole(config: TrainConfig) -> dict[str, Any]:
+    """What the page has no control for, as changes."""
+    merges = [m.model_dump(mode="json") for m in config.model.merge]
+    blocks = {name: block.model_dump(mode="json", exclude_defaults=True) for name, block in config.adapter.blocks.items()}
+    return ({"model.merge": merges} if merges else {}) | ({"adapter.blocks": blocks} if blocks else {})

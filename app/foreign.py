@@ -20,6 +20,7 @@ from trainer.config import TrainConfig
 
 OFF: tuple[Any, ...] = (None, "", 0, 0.0, False, "0", "None", "none", "NONE", [], {})
 LORA = ["attention", "feed_forward", "projections"]  # what a plain LoRA of sd-scripts trains
+TWO_ENCODERS = ("sdxl", "sd3")
 
 
 @dataclass
@@ -117,26 +118,29 @@ KOHYA_REASONS = {
     **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "enable_bucket", "persistent_data_loader_workers", "highvram"), ALWAYS),
     **dict.fromkeys(("cache_text_encoder_outputs", "sdxl_cache_text_encoder_outputs", "sdxl_no_half_vae", "no_half_vae"), ALWAYS),
     **dict.fromkeys(("train_data_dir", "image_dir", "logging_dir", "output_dir", "dataset_config", "in_json"), IMAGES),
-    **dict.fromkeys(("v2", "sdxl", "flux1_checkbox", "sd3_checkbox"), MODEL),
+    "flux1_checkbox": "Flux is not there",
     **dict.fromkeys(("logging_dir", "output_dir"), "each training has a folder of its own here"),
     **dict.fromkeys(("max_bucket_reso", "min_bucket_reso", "bucket_no_upscale"), "sizes are chosen from the images here; see Widest shape"),
     **dict.fromkeys(("xformers", "mem_eff_attn", "sdpa"), "PyTorch's own attention is used, which is as fast on current GPUs"),
     **dict.fromkeys(("reg_data_dir", "prior_loss_weight"), "class images are not used here"),
     **dict.fromkeys(("stop_text_encoder_training", "stop_text_encoder_training_pct"), "has no effect there for a LoRA; here it is Text encoder stops after"),
     **dict.fromkeys(("full_fp16", "full_bf16"), "the LoRA itself is always trained in 32 bits here"),
-    "clip_skip": "the text encoder's last layer is used here, as most programs do for SD 1.5",
-    "max_token_length": "captions are cut at 75 tokens here",
+    "clip_skip": "only SD 1.5 has a choice of layers (1 to 4)",
+    "max_token_length": "a caption takes as many windows of 75 tokens as it needs here, up to three",
+    "t5xxl_max_token_length": "T5 reads as many windows of 77 tokens as a caption needs here",
+    "train_t5xxl": "T5 is never trained here",
+    "t5xxl_lr": "T5 is never trained here",
     "caption_extension": "captions in .txt and .caption are both read",
     "caption_dropout_every_n_epochs": "only a share of visits can go without caption here",
     "color_aug": "colours are left as they are here",
     "random_crop": "crops are fixed here and shown on each image",
-    "weighted_captions": "captions are plain text here",
     "debiased_estimation_loss": "only min-SNR weighting is there",
     "multires_noise_iterations": "only noise offset is there",
     "scale_weight_norms": "weights are not clamped here; lower the rate or the visits instead",
     "rank_dropout": "only LoRA dropout is there",
     "module_dropout": "only LoRA dropout is there",
-    "block_dims": "one rank for all layers here",
+    **dict.fromkeys(("conv_block_dims", "conv_block_alphas"), "a block has one rank for all of its layers here"),
+    **dict.fromkeys(("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_dims", "block_alphas"), "is no list of as many numbers as this model has blocks"),
     "save_model_as": "files are always .safetensors here",
     "save_state": "a resumable state is always kept here",
     "datasets[2...]": "one data set with one size here",
@@ -150,7 +154,7 @@ KOHYA_SILENT = {
     "max_data_loader_n_workers", "num_cpu_threads_per_process", "vae_batch_size", "max_timestep", "min_timestep", "unit", "factor", "train_on_input",
     "lr_scheduler_power", "sample_sampler", "num_processes", "num_machines", "main_process_port", "model_list", "save_last_n_steps", "dynamo_backend",
     "save_last_n_steps_state", "loss_type", "huber_schedule", "huber_c", "multires_noise_discount", "adaptive_noise_scale", "lowram", "wandb_run_name",
-    "log_with", "no_metadata", "conv_alpha", "conv_dim", "constrain", "gpu_ids", "extra_accelerate_launch_args", "max_train_steps", "epoch",
+    "log_with", "no_metadata", "constrain", "block_lr_zero_threshold", "text_encoder_lr", "conv_dim", "conv_alpha", "gpu_ids", "extra_accelerate_launch_args", "max_train_steps", "epoch",
     "max_train_epochs", "num_repeats", "gradient_accumulation_steps", "sample_every_n_epochs", "save_every_n_epochs", "learning_rate",
     "class_tokens", "LyCORIS_preset", "dim_from_weights", "caption_metadata_filename", "latent_metadata_filename", "log_tracker_name",
 }  # fmt: skip
@@ -185,19 +189,33 @@ def _kohya(raw: dict[str, Any], images: int) -> Import:
     if raw.get("algo"):
         arguments.setdefault("algo", str(raw["algo"]))
     used |= {"LoRA_type", "network_module", "algo", "network_args"}
-    plain = kind in ("Standard", "networks.lora", "Kohya LoCon", "LyCORIS/LoCon") or (
+    plain = kind in ("Standard", "networks.lora", "networks.lora_sd3", "Kohya LoCon", "LyCORIS/LoCon") or (
         kind == "lycoris.kohya" and arguments.get("algo", "lora") in ("lora", "locon")
     )
     name = next((k for k in ("LoRA_type", "network_module") if raw.get(k)), "LoRA_type")
+    large = _kohya_family(found, raw, used, kind)
+    convolutions = False
     if plain and raw.keys() & {"LoRA_type", "network_module", "network_dim"}:  # a dataset's TOML says nothing of the network
-        convolutions = kind in ("Kohya LoCon", "LyCORIS/LoCon") or _number(arguments.get("conv_dim", 0)) not in (None, 0)
+        conv = _number(arguments.get("conv_dim", raw.get("conv_dim")))
+        convolutions = kind in ("Kohya LoCon", "LyCORIS/LoCon") or (_number(arguments.get("conv_dim")) or 0) > 0
         found.put("adapter.targets", [*LORA, "convolutions"] if convolutions else LORA, name, kind)
-        conv = _number(arguments.pop("conv_dim", raw.get("conv_dim")))
-        arguments.pop("conv_alpha", None)
-        if convolutions and conv and conv != _number(raw.get("network_dim")):
-            found.leave("conv_dim", conv, "all layers have one rank here: network_dim")
+        if convolutions and conv:
+            alpha = _number(arguments.get("conv_alpha", raw.get("conv_alpha")))
+            found.put("adapter.conv_rank", int(conv), "conv_dim", conv)
+            found.put(
+                "adapter.conv_alpha",
+                conv if alpha == 0 else 1.0 if alpha is None else alpha,
+                "conv_alpha",
+                "1 (its default)" if alpha is None else alpha,
+            )
     elif not plain:
         found.leave(name, kind, "only plain LoRA is there: rank and learning rates mean something else for it, so look at them")
+    for key in ("conv_dim", "conv_alpha"):
+        arguments.pop(key, None)
+    if plain:
+        _kohya_blocks(found, {**raw, **arguments}, used, large, convolutions)
+        for key in BLOCKS:
+            arguments.pop(key, None)
     for key in ("algo", "preset"):
         arguments.pop(key, None)
     for key, value in arguments.items():
@@ -214,9 +232,13 @@ def _kohya(raw: dict[str, Any], images: int) -> Import:
     # Learning rates: 0 leaves a part out there
     base_key, base = take("learning_rate")
     rates = {}
-    for part, theirs in (("unet", "unet_lr"), ("text_1", "text_encoder_lr")):
-        key, value = take(theirs)
-        value = value[0] if isinstance(value, list) and value else value
+    both = ("text_encoder_lr", "learning_rate_te")
+    encoders = {"text_1": ("learning_rate_te1", *both)} | ({"text_2": ("learning_rate_te2", *both)} if large else {})
+    for part, theirs in ({"unet": ("unet_lr",)} | encoders).items():
+        key, value = take(*theirs)
+        if isinstance(value, list):  # one for each encoder; for SDXL sd-scripts takes the first for both
+            at = 1 if part == "text_2" and large == "sd3" and len(value) > 1 else 0
+            value = value[at] if value else None
         rates[part] = (key, _number(value)) if key else (base_key, _number(base))
     both_off = all(v == 0 for _, v in rates.values())
     for part, (key, value) in rates.items():
@@ -226,7 +248,12 @@ def _kohya(raw: dict[str, Any], images: int) -> Import:
             found.put(f"part.{part}.train", False, key, value)
         elif value is not None:
             found.put(f"part.{part}.learning_rate", value, key, value)
-    for theirs, ours in (("network_train_unet_only", "part.text_1.train"), ("network_train_text_encoder_only", "part.unet.train")):
+            if part in encoders:  # a preset may leave it alone
+                found.put(f"part.{part}.train", True, key, value)
+    only = [("network_train_unet_only", f"part.{part}.train") for part in encoders] + [
+        ("network_train_text_encoder_only", "part.unet.train")
+    ]
+    for theirs, ours in only:
         key, value = take(theirs)
         if _true(value):
             found.put(ours, False, key, value)
@@ -295,10 +322,17 @@ def _kohya(raw: dict[str, Any], images: int) -> Import:
         ("shuffle_caption", "dataset.shuffle_tags"),
         ("flip_aug", "dataset.flip"),
         ("gradient_checkpointing", "train.checkpointing"),
+        ("weighted_captions", "dataset.prompt_weights"),
     ):
         key, value = take(theirs)
         if key:
             found.put(our, _true(value), key, value)
+    if _number(raw.get("max_token_length")) in (75, 150, 225):
+        key, value = take("max_token_length")
+        found.put("dataset.text_windows", int(_number(value) or 75) // 75, key, value)
+    if not large and not _true(raw.get("v2")) and _number(raw.get("clip_skip")) in (1, 2, 3, 4):
+        key, value = take("clip_skip")
+        found.put("model.clip_skip", int(_number(value) or 1), key, value)
     key, value = take("max_resolution", "resolution")
     if side := _side(value):
         found.put("dataset.resolution", side, key, value)
@@ -314,6 +348,10 @@ def _kohya(raw: dict[str, Any], images: int) -> Import:
     key, value = take("v_parameterization")
     if _true(value):
         found.put("model.prediction", "v_prediction", key, value)
+    key, value = take("zero_terminal_snr")
+    if _true(value):
+        found.put("model.zero_terminal_snr", True, key, value)
+    _kohya_sd3(found, take, large)
 
     # Files and previews
     key, value = take("save_precision")
@@ -352,6 +390,95 @@ def _kohya(raw: dict[str, Any], images: int) -> Import:
         found.put("class_word", str(value), key, value)
     _rest(found, raw, used, KOHYA_REASONS, KOHYA_SILENT)
     return found
+
+
+def _kohya_family(found: Import, raw: Mapping[str, Any], used: set[str], kind: str) -> str:
+    """Carry the family over where the file says it; returns it if it has two text encoders, else ""."""
+    for key, family in (("sdxl", "sdxl"), ("sd3_checkbox", "sd3"), ("v2", "sd2")):
+        used.add(key)
+        if _true(raw.get(key)):
+            found.put("model.family", family, key, raw[key])
+            return family if family in TWO_ENCODERS else ""
+    if kind == "networks.lora_sd3":
+        found.put("model.family", "sd3", "network_module", kind)
+        return "sd3"
+    return "sdxl" if raw.get("learning_rate_te2") else ""
+
+
+def _kohya_sd3(found: Import, take: Any, large: str) -> None:
+    """How SD3's noise levels are drawn, and where its text encoders lie."""
+    key, value = take("weighting_scheme")
+    if key and large == "sd3":
+        if str(value) in ("logit_normal", "uniform"):
+            found.put("loss.timesteps", str(value), key, value)
+        else:
+            found.leave(key, value, "is not there; logit_normal and uniform are")
+    for theirs, ours in (("logit_mean", "loss.logit_mean"), ("logit_std", "loss.logit_std"), ("training_shift", "loss.shift")):
+        key, value = take(theirs)
+        number = _number(value)
+        if large == "sd3" and number is not None and (number or ours == "loss.logit_mean"):
+            found.put(ours, number, key, value)
+    folders = {key: Path(str(path)).parent for theirs in ("clip_l", "clip_g", "t5xxl") for key, path in [take(theirs)] if key}
+    if len(set(folders.values())) == 1:
+        key = ", ".join(folders)
+        found.put("model.text_encoders", str(next(iter(folders.values()))), key, "their folder")
+    elif folders:
+        found.leave(", ".join(folders), "", "lie in several folders; one holds all of them here")
+
+
+BLOCKS = ("block_dims", "block_alphas", "down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold")
+
+
+def _layout(large: bool) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """For each of sd-scripts' blocks: (modules with attention, modules with convolutions alone), by the UNet's own names.
+
+    25 blocks for SD1 and SD2 (12 in, middle, 12 out), 23 for SDXL (embeddings, 9 in, 3 middle, 9 out, last).
+    """
+    depth, attention = (3, {"down": (1, 2), "up": (0, 1)}) if large else (4, {"down": (0, 1, 2), "up": (1, 2, 3)})
+
+    def block(side: str, i: int, j: int, *more: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        name = f"{side}_blocks.{i}"
+        return (f"{name}.attentions.{j}",) if i in attention[side] else (), (f"{name}.resnets.{j}", *more)
+
+    first: list[tuple[tuple[str, ...], tuple[str, ...]]] = [((), ())] * (2 if large else 1)
+    down = [b for i in range(depth) for b in (block("down", i, 0), block("down", i, 1), ((), (f"down_blocks.{i}.downsamplers",)))][:-1]
+    middle = [((), ("mid_block.resnets.0",)), (("mid_block.attentions",), ()), ((), ("mid_block.resnets.1",))]
+    if not large:
+        middle = [(("mid_block.attentions",), ("mid_block.resnets",))]
+    up = [block("up", i, j, *((f"up_blocks.{i}.upsamplers",) if j == 2 and i < depth - 1 else ())) for i in range(depth) for j in range(3)]
+    return [*first, *down, *middle, *up, *([((), ())] if large else [])]
+
+
+def _kohya_blocks(found: Import, raw: Mapping[str, Any], used: set[str], large: str, convolutions: bool) -> None:
+    """Ranks, alphas and learning-rate weights of single blocks as adapter.blocks, for the blocks that carry a LoRA."""
+    lists = {k: [_number(v) for v in str(raw[k]).strip("[]() ").split(",")] for k in BLOCKS[:5] if raw.get(k) not in OFF}
+    used.update(BLOCKS)
+    layout = _layout(large == "sdxl")
+    parts = (9, 3, 9) if large else (12, 1, 12)
+    sizes = dict(zip(BLOCKS[:5], (len(layout), len(layout), *parts), strict=True))
+    good = {k: v for k, v in lists.items() if len(v) == sizes[k] and None not in v and large in ("", "sdxl")}
+    start = 1 if large else 0
+    rates: dict[int, float] = {}
+    for key, at in (("down_lr_weight", start), ("mid_lr_weight", start + parts[0]), ("up_lr_weight", start + parts[0] + parts[1])):
+        rates |= dict(enumerate(good.get(key, ()), at))
+    least = _number(raw.get("block_lr_zero_threshold")) or 0.0
+    blocks: dict[str, dict[str, float]] = {}
+    for n, (attention, convolutional) in enumerate(layout):
+        own: dict[str, float] = {}
+        if "block_dims" in good:
+            own["rank"] = int(good["block_dims"][n])
+            if "block_alphas" in good:
+                own["alpha"] = good["block_alphas"][n] or own["rank"]
+            own = {"rank": 0} if not own["rank"] else own
+        if n in rates:
+            own |= {"rank": 0} if rates[n] <= least else {"rate": rates[n]} if rates[n] != 1 else {}
+        for name in (*attention, *(convolutional if convolutions else ())):
+            if own:
+                blocks[f"unet.{name}"] = dict(own)
+    if blocks:
+        found.put("adapter.blocks", blocks, ", ".join(good), f"{len(blocks)} blocks")
+    for key in lists.keys() - good.keys():
+        found.leave(key, raw[key], KOHYA_REASONS[key])
 
 
 def _kohya_length(found: Import, raw: Mapping[str, Any], images: int, batch: int) -> float | None:
@@ -449,17 +576,16 @@ ONE_TRAINER_REASONS = {
     **dict.fromkeys(("concepts", "concept_file_name", "samples", "sample_definition_file_name"), "stands in a file of its own; images are added in the images section"),
     **dict.fromkeys(("ema",), "there is no average of the weights here"),
     **dict.fromkeys(("masked_training", "normalize_masked_area_loss"), "masks are not used here"),
-    **dict.fromkeys(("force_epsilon_prediction", "rescale_noise_scheduler_to_zero_terminal_snr"), MODEL),
     "layer_filter": "layers are chosen by kind here",
     "gradient_checkpointing": "set there for each part",
     "peft_type": "only plain LoRA is there",
-    "timestep_distribution": "timesteps are uniform here",
+    "timestep_distribution": "only uniform and logit-normal are there, the latter for SD 3",
     "loss_weight_fn": "only min-SNR weighting is there",
     "lora_decompose": "only plain LoRA is there",
     "attention_mechanism": "PyTorch's own attention is used",
 }  # fmt: skip
 ONE_TRAINER_SILENT = {
-    "__version", "training_method", "model_type", "debug_mode", "debug_dir", "workspace_dir", "cache_dir", "tensorboard", "tensorboard_expose",
+    "__version", "training_method", "debug_mode", "debug_dir", "workspace_dir", "cache_dir", "tensorboard", "tensorboard_expose",
     "tensorboard_port", "extra_model_name", "weight_dtype", "output_model_format", "aspect_ratio_bucketing", "latent_caching", "image_caching",
     "text_caching", "latent_caching_epochs", "clear_cache_before_training", "train_device", "temp_device", "only_cache", "sample_after", "sample_after_unit",
     "backup_after", "backup_after_unit", "backup_before_save", "rolling_backup", "rolling_backup_count", "token_count", "initial_embedding_text", "unmasked_probability",
@@ -475,6 +601,13 @@ ONE_TRAINER_SILENT = {
     "embedding_learning_rate", "preserve_embedding_norm", "custom_learning_rate_scheduler", "scheduler_params", "dynamic_timestep_shifting", "compile",
     "layer_filter_preset", "layer_filter_regex", "lora_layers", "lora_layer_preset", "lora_layers_regex", "train_text_encoder_epochs", "enable_async_offloading",
     "enable_activation_offloading", "layer_offload_fraction", "force_circular_padding", "huber_strength", "mae_strength", "log_cosh_strength",
+}  # fmt: skip
+
+
+BY_FLOW = ("sd3",)
+ONE_TRAINER_FAMILIES = {
+    "STABLE_DIFFUSION_15": "sd1", "STABLE_DIFFUSION_20": "sd2", "STABLE_DIFFUSION_20_BASE": "sd2", "STABLE_DIFFUSION_21": "sd2",
+    "STABLE_DIFFUSION_21_BASE": "sd2", "STABLE_DIFFUSION_XL_10_BASE": "sdxl", "STABLE_DIFFUSION_3": "sd3", "STABLE_DIFFUSION_35": "sd3",
 }  # fmt: skip
 
 
@@ -508,8 +641,17 @@ def _one_trainer(raw: dict[str, Any], images: int) -> Import:
     elif layers:
         found.leave("layer_filter_preset", layers, "layers are chosen by kind here")
 
+    kind, family = str(take("model_type") or ""), ""
+    if kind:
+        family = ONE_TRAINER_FAMILIES.get(kind, "")
+        if family:
+            found.put("model.family", family, "model_type", kind)
+        else:
+            found.leave("model_type", kind, "is not there; ordinary models of SD 1.5, 2, XL, 3 and 3.5 are")
     base = _number(take("learning_rate"))
-    for part, theirs in (("unet", "unet"), ("text_1", "text_encoder")):
+    denoiser = "transformer" if family in BY_FLOW else "unet"
+    encoders = [("text_1", "text_encoder")] + ([("text_2", "text_encoder_2")] if family in TWO_ENCODERS else [])
+    for part, theirs in (("unet", denoiser), *encoders):
         table = take(theirs) if isinstance(raw.get(theirs), dict) else {}
         train = table.get("train", take(f"train_{theirs}"))
         rate = _number(table.get("learning_rate")) or _number(take(f"{theirs}_learning_rate"))
@@ -604,8 +746,8 @@ def _one_trainer(raw: dict[str, Any], images: int) -> Import:
     if side:
         found.put("dataset.resolution", side, "resolution", raw["resolution"])
     checkpointing = take("gradient_checkpointing")
-    if checkpointing is None and isinstance(raw.get("unet"), dict):
-        checkpointing = raw["unet"].get("gradient_checkpointing")
+    if checkpointing is None and isinstance(raw.get(denoiser), dict):
+        checkpointing = raw[denoiser].get("gradient_checkpointing")
     if checkpointing is not None:
         found.put("train.checkpointing", _true(checkpointing) or checkpointing == "CPU_OFFLOADED", "gradient_checkpointing", checkpointing)
     dtypes = {"FLOAT_16": "fp16", "BFLOAT_16": "bf16", "FLOAT_32": "fp32"}
@@ -617,6 +759,15 @@ def _one_trainer(raw: dict[str, Any], images: int) -> Import:
             found.leave(theirs, value, "is not there; fp32, bf16 and fp16 are")
     if _true(take("force_v_prediction")):
         found.put("model.prediction", "v_prediction", "force_v_prediction", True)
+    if _true(take("force_epsilon_prediction")):
+        found.put("model.prediction", "epsilon", "force_epsilon_prediction", True)
+    if _true(take("rescale_noise_scheduler_to_zero_terminal_snr")):
+        found.put("model.zero_terminal_snr", True, "rescale_noise_scheduler_to_zero_terminal_snr", True)
+    skip = _number(take("text_encoder_layer_skip"))
+    if skip and family == ONE_TRAINER_FAMILIES["STABLE_DIFFUSION_15"] and skip < 4:
+        found.put("model.clip_skip", int(skip) + 1, "text_encoder_layer_skip", skip)
+    if family in BY_FLOW:
+        _one_trainer_flow(found, raw, used)
     every, unit = (
         _number(take("save_every")) or _number(take("save_after")),
         str(raw.get("save_every_unit", raw.get("save_after_unit", ""))),
@@ -634,3 +785,20 @@ def _one_trainer(raw: dict[str, Any], images: int) -> Import:
         found.put("adapter.start", str(start), "lora_model_name", start)
     _rest(found, raw, used, ONE_TRAINER_REASONS, ONE_TRAINER_SILENT)
     return found
+
+
+def _one_trainer_flow(found: Import, raw: Mapping[str, Any], used: set[str]) -> None:
+    """How noise levels are drawn: there, logit-normal has the mean `noising_bias` and the spread `noising_weight` + 1."""
+    used |= {"timestep_distribution", "noising_bias", "noising_weight", "timestep_shift"}
+    kinds = {"LOGIT_NORMAL": "logit_normal", "UNIFORM": "uniform"}
+    kind = str(raw.get("timestep_distribution") or "")
+    if kind in kinds:
+        found.put("loss.timesteps", kinds[kind], "timestep_distribution", kind)
+    elif kind:
+        found.leave("timestep_distribution", kind, ONE_TRAINER_REASONS["timestep_distribution"])
+    mean, spread, shift = (_number(raw.get(k)) for k in ("noising_bias", "noising_weight", "timestep_shift"))
+    if kind == "LOGIT_NORMAL":
+        found.put("loss.logit_mean", mean or 0.0, "noising_bias", mean or 0)
+        found.put("loss.logit_std", (spread or 0.0) + 1, "noising_weight", f"{spread or 0:g} + 1")
+    if shift:
+        found.put("loss.shift", shift, "timestep_shift", shift)

@@ -6,6 +6,7 @@ drawer does not show is listed in HIDDEN with the reason; a test fails for a fie
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator
 from functools import cache
@@ -23,13 +24,18 @@ HIDDEN = {
     "data": "the images section of the page; the trigger and class word stand under What is it?",
     "output.name": "made from the name under What is it?",
     "adapter.kind": "there is one kind",
+    "adapter.blocks": "ranks and rates of single blocks stand in the configuration file alone",
+    "model.merge": "LoRAs that become a part of the base stand in the configuration file alone",
 }
+# Hidden, but kept with the draft as a whole when a configuration file names them.
+KEPT = ("adapter.blocks", "model.merge")
 
 SECTIONS = {
     "train": "Length and batch",
     "adapter": "LoRA",
-    "part.unet": "UNet",
+    "part.unet": "UNet (SD 3: transformer)",
     "part.text_1": "Text encoder",
+    "part.text_2": "Second text encoder",
     "optimizer": "Optimizer",
     "schedule": "Learning rate over time",
     "loss": "Loss and noise",
@@ -45,16 +51,35 @@ LABELS = {
     "model.family": ("Model family", "What kind of model the base is. Automatic reads it from the files."),
     "model.prediction": (
         "Prediction",
-        "What the UNet predicts. Automatic reads the model's scheduler; set it for a v-prediction checkpoint that does not say so.",
+        "What the UNet predicts. Automatic reads the model's files, or measures it where they do not say it.",
+    ),
+    "model.zero_terminal_snr": (
+        "Ends in pure noise",
+        "Zero terminal SNR: the noise schedule is rescaled to end in pure noise, as NoobAI's v-prediction models have it. "
+        "Empty reads it from the model's files.",
+    ),
+    "model.clip_skip": (
+        "Clip skip",
+        "Which layer of the text encoder is read, counted from the end: 1 is the last. Anime models of SD 1.5 were mostly trained with 2.",
+    ),
+    "model.text_encoders": (
+        "Folder of text encoders",
+        "Where clip_l, clip_g and t5xxl lie, for a single file that does not hold them, and T5's tokenizer.json. Empty: all are in the model.",
+    ),
+    "model.t5": (
+        "T5",
+        "The largest text encoder. Automatic uses it where it and its tokenizer are there; without it, captions are read by the two CLIPs. "
+        "8-bit takes half its memory.",
     ),
     "dataset.resolution": (
         "Resolution",
         "Side in pixels of a square with the trained area. Images are scaled to about this area in their own shape. "
-        "Empty takes what the base was made for (512 for SD 1.5).",
+        "Empty takes what the base was made for (512 for SD 1.5, 1024 for SDXL and SD 3).",
     ),
     "dataset.bucket_step": (
         "Bucket step",
-        "Sides of the training sizes are multiples of this many pixels. Smaller crops less. Empty takes 64, or 8 below 256 pixels.",
+        "Sides of the training sizes are multiples of this many pixels: 64, or 32 for SDXL and SD 3, which crops less. "
+        "Empty takes 64, or 8 below 256 pixels.",
     ),
     "dataset.max_aspect": ("Widest shape", "Longer side over shorter side, at most; images beyond it are cropped."),
     "dataset.max_upscale": ("Enlarged at most", "An image that must be enlarged by more than this gets a warning; it still trains."),
@@ -67,16 +92,29 @@ LABELS = {
     ),
     "dataset.caption_dropout": ("Caption dropout", "Share of visits with an empty caption. 0.05 to 0.1 helps styles."),
     "dataset.tag_dropout": ("Tag dropout", "Share of a caption's movable parts left out at each visit."),
+    "dataset.text_windows": (
+        "Longest caption",
+        "A caption of more than 75 tokens is read in windows of 75, up to this many; the rest is cut.",
+    ),
+    "dataset.prompt_weights": (
+        "Weights in captions",
+        "(word:1.2) and [word] in captions and sample prompts weigh words, as A1111 reads them. Otherwise brackets are just brackets.",
+    ),
     "adapter.rank": ("Rank", "How much the LoRA can hold. 8 to 32 suits most; the file grows with it."),
     "adapter.alpha": (
         "Alpha",
         "The LoRA's effect is scaled by alpha / rank. Keep it equal to the rank, or lower the rates with it in mind.",
     ),
+    "adapter.conv_rank": (
+        "Rank of convolutions",
+        "Of those larger than 1x1 (LoCon). Often half the rank or less. Empty takes the rank.",
+    ),
+    "adapter.conv_alpha": ("Alpha of convolutions", "Scales those by it / their rank. Empty gives them the same scale as all others."),
     "adapter.dropout": ("LoRA dropout", "Share of the LoRA's inputs that is left out at random in each step, against learning by heart."),
     "adapter.targets": ("Layers", "The kinds of layers that get an adapter. Convolutions add detail and size; the text encoder has none."),
     "adapter.start": (
         "Start from this LoRA",
-        "A LoRA file of the same rank that training goes on from, instead of from nothing. Empty starts anew.",
+        "A LoRA file that training goes on from, with the ranks that it has, instead of from nothing. Empty starts anew.",
     ),
     "part.unet.train": ("Train the UNet", "The part that draws. A LoRA without it changes the reading of words alone."),
     "part.unet.learning_rate": ("UNet learning rate", "Peak size of a step. 1e-4 is usual; with Prodigy set 1."),
@@ -84,6 +122,9 @@ LABELS = {
     "part.text_1.train": ("Train the text encoder", "The part that reads the prompt. Learning it helps a new word, and bleeds sooner."),
     "part.text_1.learning_rate": ("Text encoder learning rate", "Usually half the UNet's or less; with Prodigy set 1, like the UNet's."),
     "part.text_1.stop": ("Text encoder stops after", "Share of the run after which the text encoder is left as it is. 0.67: two thirds."),
+    "part.text_2.train": ("Train the second text encoder", "The larger of the two. Most trainers leave it alone, and so do the presets."),
+    "part.text_2.learning_rate": ("Second text encoder learning rate", "1e-5 to 2e-5 is usual; with Prodigy set 1, like the UNet's."),
+    "part.text_2.stop": ("Second text encoder stops after", "Share of the run after which it is left as it is."),
     "optimizer.kind": (
         "Optimizer",
         "AdamW is the usual one. Its 8-bit kind saves a few MB on NVIDIA GPUs. Prodigy finds the step size itself: set the learning rates to 1.",
@@ -99,6 +140,16 @@ LABELS = {
     "schedule.restarts": ("Restarts", "Number of cosine cycles."),
     "loss.min_snr_gamma": ("Min-SNR gamma", "Weighs noise levels evenly, so that learning is steadier. 5 is usual; empty switches it off."),
     "loss.noise_offset": ("Noise offset", "Lets the LoRA learn very dark and very bright images. 0.03 to 0.1 where wanted."),
+    "loss.timesteps": (
+        "Noise levels",
+        "How they are drawn. Logit-normal learns most at the middle ones, as SD 3 was trained; evenly gives each the same share.",
+    ),
+    "loss.logit_mean": (
+        "Middle of the noise levels",
+        "Above 0 learns more at noisy levels (composition), below 0 more at clear ones (detail).",
+    ),
+    "loss.logit_std": ("Spread of the noise levels", "Below 1 keeps closer to the middle."),
+    "loss.shift": ("Shift of the noise levels", "Above 1 pushes them to the noisy end. Empty takes the model's own (3 for SD 3 and 3.5)."),
     "train.visits": ("Visits to each image", "How often each image is seen: the run's only length. Steps follow from it and the batch."),
     "train.batch_size": ("Batch size", "Images of one step. More is steadier and takes more memory."),
     "train.accumulation": ("Batch cut into", "Parts into which a batch is cut to save memory; the result is the same."),
@@ -118,6 +169,10 @@ LABELS = {
         "Steps between sample images. Empty: eight times over the run. 0: only at the start and the end.",
     ),
     "preview.prompts": ("Prompts", "One prompt a line. Empty: four are made from your captions, trigger and class word."),
+    "preview.quality": (
+        "Quality words",
+        "Put before each prompt that is made from your data, such as masterpiece, best quality. Prompts that you type stay as they are.",
+    ),
     "preview.negative": ("Negative prompt", "What sample images should not show."),
     "preview.steps": ("Sampling steps", "Steps of the sampler for each sample image."),
     "preview.guidance": ("Guidance (CFG)", "How strictly sample images follow the prompt."),
@@ -136,6 +191,11 @@ LABELS = {
         "The kohya names are read by A1111, Forge, ComfyUI and all others; PEFT names by diffusers.",
     ),
     "output.dtype": ("Precision of the file", "fp16 is read everywhere and half as large as fp32."),
+    "output.thumbnail": ("Picture in the file", "Puts a small picture of the last sample into the file, where some programs show it."),
+    "output.sidecars": (
+        "Files beside it",
+        "NAME.json tells web UIs the trigger word, NAME.png shows the last sample on the card there.",
+    ),
     "output.save_every": (
         "Save the LoRA every",
         "Steps between LoRA files along the way, from which you pick the best. Empty: eight files over the run. 0: only at the end.",
@@ -152,7 +212,9 @@ LABELS = {
 }
 
 CHOICES = {
-    "auto": "Automatic", "sd1": "Stable Diffusion 1.x", "epsilon": "Noise (epsilon)", "v_prediction": "v prediction",
+    "auto": "Automatic", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL",
+    "sd3": "Stable Diffusion 3 and 3.5", "skip": "Left out", "8bit": "8-bit", "logit_normal": "Logit-normal", "uniform": "Evenly",
+    "json": "NAME.json", "png": "NAME.png", "epsilon": "Noise (epsilon)", "v_prediction": "v prediction",
     "attention": "Attention", "feed_forward": "Feed-forward", "projections": "Projections", "convolutions": "Convolutions",
     "adamw": "AdamW", "adamw8bit": "AdamW 8-bit", "prodigy": "Prodigy", "constant": "Constant", "linear": "Linear", "cosine": "Cosine",
     "cosine_restarts": "Cosine with restarts", "sdpa": "PyTorch", "xformers": "xformers", "kohya": "kohya", "peft": "PEFT (diffusers)",
@@ -168,6 +230,11 @@ EMPTY = {
     "dataset.resolution": "the base's own",
     "dataset.bucket_step": "64, or 8 below 256 pixels",
     "adapter.start": "from nothing",
+    "adapter.conv_rank": "the rank",
+    "adapter.conv_alpha": "the same scale",
+    "model.zero_terminal_snr": "as the model's files say",
+    "model.text_encoders": "in the model",
+    "loss.shift": "the model's own",
     "loss.min_snr_gamma": "off",
     "train.max_grad_norm": "off",
     "preview.width": "the training resolution",
@@ -177,7 +244,7 @@ EMPTY = {
     "output.save_every": "eight files over the run",
     "output.title": "the name",
 }
-# A field is shown while each of these other fields has one of these values.
+# A field is shown while each of these other fields has one of these values (a list: any of them).
 WHEN: dict[str, dict[str, list[Any]]] = {
     "schedule.floor": {"schedule.kind": ["linear", "cosine", "cosine_restarts"]},
     "schedule.restarts": {"schedule.kind": ["cosine_restarts"]},
@@ -185,14 +252,28 @@ WHEN: dict[str, dict[str, list[Any]]] = {
     "part.unet.stop": {"part.unet.train": [True]},
     "part.text_1.learning_rate": {"part.text_1.train": [True]},
     "part.text_1.stop": {"part.text_1.train": [True]},
+    "part.text_2.learning_rate": {"part.text_2.train": [True]},
+    "part.text_2.stop": {"part.text_2.train": [True]},
+    "adapter.conv_rank": {"adapter.targets": ["convolutions"]},
+    "adapter.conv_alpha": {"adapter.targets": ["convolutions"]},
+    "loss.logit_mean": {"loss.timesteps": ["logit_normal"]},
+    "loss.logit_std": {"loss.timesteps": ["logit_normal"]},
     **{
         f"preview.{n}": {"preview.enabled": [True]}
-        for n in ["every", "prompts", "negative", "steps", "guidance", "seed", "width", "height"]
+        for n in ["every", "prompts", "quality", "negative", "steps", "guidance", "seed", "width", "height"]
     },
     **{f"validation.{n}": {"validation.enabled": [True]} for n in ["every", "images", "draws"]},
 }
 COLOURS = ("dataset.background",)
-FAMILIES: dict[str, list[str]] = {}  # fields that only some families have
+_UNETS, _TWO_TEXTS, _FLOW = ["sd1", "sd2", "sdxl"], ["sdxl", "sd3"], ["sd3"]
+# Fields that only some families have; for the others what was set waits in the draft.
+FAMILIES: dict[str, list[str]] = {
+    "model.clip_skip": ["sd1"],
+    **dict.fromkeys(("model.prediction", "model.zero_terminal_snr", "loss.min_snr_gamma", "loss.noise_offset"), _UNETS),
+    **dict.fromkeys(("adapter.conv_rank", "adapter.conv_alpha"), _UNETS),
+    **dict.fromkeys(("part.text_2.train", "part.text_2.learning_rate", "part.text_2.stop"), _TWO_TEXTS),
+    **dict.fromkeys(("model.text_encoders", "model.t5", "loss.timesteps", "loss.logit_mean", "loss.logit_std", "loss.shift"), _FLOW),
+}
 
 
 @cache
@@ -222,7 +303,7 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 
 def hidden(key: str) -> str | None:
     """Why a field is not shown, or None."""
-    return HIDDEN.get(key) or HIDDEN.get(key.partition(".")[0])
+    return next((why for name, why in HIDDEN.items() if key == name or key.startswith(f"{name}.")), None)
 
 
 def shown() -> list[str]:
@@ -263,14 +344,28 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def applies(key: str, values: dict[str, Any]) -> bool:
-    """Whether the chosen kind (of optimizer) has the field; `values` are effective values by dotted name."""
+def applies(key: str, values: dict[str, Any], family: str) -> bool:
+    """Whether the family and the chosen kind (of optimizer) have the field; `values` are effective values by dotted name."""
+    if family not in FAMILIES.get(key, [family]):
+        return False
     section = key.rpartition(".")[0]
     kind = values.get(f"{section}.kind")
     holders = leaves().get(key, [])
     if key == f"{section}.kind" or kind is None or not any("kind" in m.model_fields for m, _ in holders):
         return True
     return any(kind in get_args(m.model_fields["kind"].annotation) for m, _ in holders if "kind" in m.model_fields)
+
+
+@cache
+def _names() -> tuple[re.Pattern[str], dict[str, str]]:
+    labels = {key: LABELS[key][0] for key in shown()} | {"data.1.folder": "The folder of images", "output.name": "The name"}
+    return re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, sorted(labels, key=len, reverse=True)))})(?![\w.]*\w)"), labels
+
+
+def in_words(text: str) -> str:
+    """A sentence of the trainer as the page says it: labels instead of dotted names."""
+    pattern, labels = _names()
+    return pattern.sub(lambda m: labels[m[1]], text)
 
 
 def optional(key: str) -> bool:
@@ -296,6 +391,8 @@ def _field(key: str) -> dict[str, Any]:
     info = holders[0][1]
     label, text = LABELS.get(key, (key.rpartition(".")[2].replace("_", " ").capitalize(), ""))
     empty, choices, many, base = _shape(key)
+    if base is bool and empty:  # a box cannot be empty
+        choices = [True, False]
     kind = (
         "color" if key in COLOURS
         else "choices" if many and choices
@@ -313,7 +410,7 @@ def _field(key: str) -> dict[str, Any]:
     }
     found |= {k: v for k, v in (_bounds(info) | BOUNDS.get(key, {})).items() if v is not None}
     if choices:
-        found["choices"] = [[c, CHOICES.get(c, c)] for c in choices]
+        found["choices"] = [[c, CHOICES.get(c, c) if isinstance(c, str) else "Yes" if c else "No"] for c in choices]
     if key in EMPTY:
         found["empty"] = EMPTY[key]
     when = dict(WHEN.get(key, {}))
@@ -331,7 +428,7 @@ def _kinds(section: str) -> list[str]:
     return [k for m, _ in leaves().get(f"{section}.kind", []) for k in get_args(m.model_fields["kind"].annotation)]
 
 
-def _shape(key: str) -> tuple[bool, list[str], bool, Any]:
+def _shape(key: str) -> tuple[bool, list[Any], bool, Any]:
     """(may be empty, allowed words, a list, base type) of a field."""
     optional, many, words, base = False, False, [], None
     for _, info in leaves()[key]:

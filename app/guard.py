@@ -41,7 +41,8 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-SMALL, LARGE = 8 * 2**20, 2 * 2**30 + 2**20  # bytes of a body: any route, and POST /api/images (2 GB and the multipart's own lines)
+SMALL, LARGE = 8 * 2**20, 2 * 2**30 + 2**20  # bytes of a body: any route, and those that take files (2 GB and the multipart's own lines)
+TAKE_FILES = ("/api/images", "/api/tools/files")
 DRAIN, DRAIN_S = 256 * 2**20, 10  # how much of a body that is too large is still read, so that the browser gets to see the answer
 log = logging.getLogger("app")
 
@@ -135,7 +136,7 @@ class Sizes:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        limit = LARGE if (scope["method"], scope["path"].rstrip("/")) == ("POST", "/api/images") else SMALL
+        limit = LARGE if scope["method"] == "POST" and scope["path"].rstrip("/") in TAKE_FILES else SMALL
         text = f"That is too large: at most {'2 GB' if limit == LARGE else '8 MB'} can be sent at once."
         length = Headers(scope=scope).get("content-length", "0")
         if not length.isdecimal():

@@ -22,7 +22,20 @@ from typing import Any
 from app import forms, settings
 from app.errors import Problem
 from app.paths import ROOT, Home
-from trainer.formats.probe import PIPELINES, TITLES, FormatError, identify
+from trainer.formats.metadata import read_header
+from trainer.formats.probe import (
+    PIPELINES,
+    TITLES,
+    FormatError,
+    identify,
+    native_resolution,
+    prediction,
+    text_encoders,
+    weight_files,
+)
+from trainer.formats.probe import (
+    RESOLUTIONS as NATIVE,
+)
 from trainer.run_dir import write_atomic
 
 DEMO = ROOT / "assets" / "demo" / "base"
@@ -34,11 +47,22 @@ MODEL_FOLDERS = ("models/Stable-diffusion", "models/Stable-Diffusion", "Models/S
 BELOW = ("", "webui", "ComfyUI", "app", "resources/ComfyUI")  # where a packaged install keeps the program itself
 PARENTS = ("", "AI", "ai", "sd", "SD", "apps", "git", "repos", "src", "code", "projects", "Documents", "Desktop", "Downloads", "Programs",
            "pinokio/api", "stable-diffusion", "StabilityMatrix/Data/Packages", "StabilityMatrix/Packages")  # fmt: skip
-DISTILLED = re.compile(r"(?<![a-z])(lightning|turbo|lcm|hyper(?![\s_.-]*real)(-?sd)?|dmd2?|schnell)(?![a-z])", re.I)
-HUB_FILES = re.compile(
-    r"model_index\.json|(unet|vae|text_encoder|tokenizer|scheduler)/[^/]+\.(json|txt)"
-    r"|(unet|vae)/diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors|text_encoder/model(-\d+-of-\d+)?\.safetensors"
-)
+DISTILLED = re.compile(r"(?<![a-z])(lightning|turbo|lcm|tcd|pcm|hyper(?![\s_.-]*real)(-?sd)?|dmd2?|schnell)(?![a-z])", re.I)
+HUB_TEXTS = re.compile(r"model_index\.json|[\w-]+/[^/]+\.(json|txt)|tokenizer_3/spiece\.model")
+HUB_PARTS = re.compile(r"(unet|transformer|vae|text_encoder(?:_[23])?)/([^/]+)")
+CHOOSE = "Choose a base model of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5."
+SIDES = {("sd2", "epsilon"): 512}  # what a single file was made for, where its family alone does not say it
+# Models of one family that have words of their own for quality: a preset is laid on for them. By the family, told by the name.
+VARIANTS = {
+    "sdxl": {
+        "pony": re.compile(r"(?<![a-z])(pony|autismmix|pdxl)", re.I),
+        "anime": re.compile(r"illustrious|noob-?ai|(?<![a-z])(noob|animagine|wai(?![a-z])|wai-?(nsfw|ill)|ilxl|nai-?xl)", re.I),
+    }
+}
+PREDICTIONS = {"epsilon": "predicts noise (epsilon)", "v_prediction": "v prediction", "flow": "flow matching"}
+T5 = "text_encoder_3"
+DENOISERS = ("unet", "transformer")
+BY_FLOW = ("sd3",)  # families that are trained by flow matching
 
 
 def unquote(text: str) -> str:
@@ -69,11 +93,14 @@ def distilled(name: str) -> str:
 def describe(path: Path, where: str, name: str = "") -> dict[str, Any]:
     """What stands at a path, as MODEL of assets/help/api.md. Never raises for what is no model: `what` then says why."""
     name = name or (path.stem if path.is_file() else path.name)
+    variant, more = None, dict(BLANK)
     try:
         if path.suffix.lower() == ".ckpt":
             identify(path)  # raises the sentence on pickles
         found = identify(path)
-        kind, what, family = found.kind, found.what, found.family
+        kind, what, family, variant = found.kind, found.what, found.family, found.variant
+        if kind in forms.families():
+            more = _details(path, kind, name)
     except FormatError as error:
         kind, what, family = ("pickle" if "pickle" in str(error) else "damaged"), str(error), None
     except OSError as error:
@@ -85,7 +112,8 @@ def describe(path: Path, where: str, name: str = "") -> dict[str, Any]:
         "where": where,
         "kind": kind,
         "family": family,
-        "title": TITLES.get(kind, TITLES.get(family or "", "")),
+        "variant": variant,
+        "title": TITLES.get(variant or kind, TITLES.get(family or "", "")),
         "what": what,
         "size_gb": round(_size(path) / 1e9, 2),
         "trainable": kind in forms.families(),
@@ -93,7 +121,78 @@ def describe(path: Path, where: str, name: str = "") -> dict[str, Any]:
         if toy
         else distilled(path.name if path.is_dir() else path.stem),
         "toy": toy,
+        **more,
     }
+
+
+BLANK: dict[str, Any] = {"prediction": None, "zero_snr": None, "words": "", "text_encoders": None, "tokenizer_3": False, "facts": []}
+
+
+def _details(path: Path, family: str, name: str) -> dict[str, Any]:
+    """What a base's own files say of it beyond its family; `facts` are the same in words for the page."""
+    found = dict(BLANK)
+    if family in BY_FLOW:
+        found |= {"prediction": "flow", "text_encoders": list(text_encoders(path)), "tokenizer_3": has_t5_words(path / "tokenizer_3")}
+    else:
+        found["prediction"], found["zero_snr"] = prediction(path)
+    titles = []
+    if path.is_file():
+        titles = [v for k, v in read_header(path)[0].items() if k.endswith((".title", "_model_name", ".merged_from"))]
+    found["words"] = words_of(family, " ".join([name, *titles]))
+    return found | {"facts": _facts(found)}
+
+
+def words_of(family: str | None, name: str) -> str:
+    """Which of VARIANTS a model is by its name or title, or ""."""
+    return next((variant for variant, sign in VARIANTS.get(family or "", {}).items() if sign.search(name)), "")
+
+
+def has_t5_words(folder: Path) -> bool:
+    """Whether a folder has a tokenizer for T5, of which none comes with this program."""
+    return any((folder / n).is_file() for n in ("tokenizer.json", "spiece.model"))
+
+
+def _facts(found: dict[str, Any]) -> list[str]:
+    facts = [PREDICTIONS.get(found["prediction"], "whether it predicts noise or v is measured when training starts")]
+    if found["zero_snr"]:
+        facts.append("ends in pure noise (zero terminal SNR)")
+    held = found["text_encoders"]
+    if held is not None and not {"text_encoder", "text_encoder_2"} <= set(held):
+        facts.append("without its text encoders")
+    elif held is not None:
+        facts.append("with T5" if T5 in held else "without T5")
+    return facts
+
+
+def uses_t5(model: dict[str, Any], folder: Path | None, t5: str) -> bool:
+    """Whether SD3's T5 will be loaded: it must be wanted and there, in the base or in `folder`, and so must its tokenizer."""
+    if model["text_encoders"] is None or t5 == "skip":
+        return False
+    if folder is None:
+        return T5 in model["text_encoders"] and model["tokenizer_3"]
+    there = T5 in model["text_encoders"] or any("t5xxl" in n for n in _names(folder)) or bool(weight_files(_names(folder / T5)))
+    return there and (model["tokenizer_3"] or has_t5_words(folder) or has_t5_words(folder / "tokenizer_3"))
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [f.name.lower() for f in folder.iterdir() if f.suffix.lower() == ".safetensors"]
+    except OSError:
+        return []
+
+
+def resolution(model: dict[str, Any] | None, wanted: str = "auto") -> int:
+    """Side in pixels of the square that a model was made for, 512 where none is chosen; `wanted` is model.prediction.
+
+    Raises FormatError for a folder that cannot be read.
+    """
+    if model is None:
+        return 512
+    said = model["prediction"] if wanted == "auto" else wanted
+    if model["kind"] == "hub":
+        return NATIVE.get(model["family"] or "", 512)
+    source = DEMO if model["source"] == "demo" else Path(model["source"]).expanduser()
+    return native_resolution(source, SIDES.get((model["kind"], said)))
 
 
 def _size(path: Path) -> int:
@@ -134,7 +233,7 @@ def glance(home: Home, source: str, example: bool) -> tuple[dict[str, Any] | Non
     if is_hub_id(text):
         if cached := _in_hub_cache(text):
             return scanner(home).read(cached, "hub cache", text), ""
-        return _hub_memory(home).get(text) or _hub_model(text, None), ""
+        return _hub_model(text, None) | _hub_memory(home).get(text, {}), ""
     return (
         None,
         f"There is no file or folder {text!r}. Give the path of a .safetensors file or a diffusers folder, or a hub id like owner/name.",
@@ -145,8 +244,7 @@ def _refusal(model: dict[str, Any]) -> str:
     what = model["what"]
     if model["kind"] in ("pickle", "damaged"):
         return what
-    can = " or ".join(TITLES[f] for f in forms.families())
-    return f"{model['name']} is {what}. Choose a base model of {can}."
+    return f"{model['name']} is {what}. {CHOOSE}"
 
 
 def is_hub_id(text: str) -> bool:
@@ -165,21 +263,32 @@ def _exists(path: Path) -> bool:
 
 def _hub_model(repo: str, info: Any) -> dict[str, Any]:
     model: dict[str, Any] = {
-        "source": repo, "name": repo, "where": "hub", "kind": "hub", "family": None, "title": "", "what": "a model of the hub, not downloaded yet",
-        "size_gb": 0.0, "trainable": True, "warning": distilled(repo), "toy": False, "download_gb": None, "license": "",
+        "source": repo, "name": repo, "where": "hub", "kind": "hub", "family": None, "variant": None, "title": "",
+        "what": "a model of the hub, not downloaded yet", "size_gb": 0.0, "trainable": True, "warning": distilled(repo), "toy": False,
+        "download_gb": None, "license": "", **BLANK,
     }  # fmt: skip
     if info is not None:
-        size = sum(f.size or 0 for f in info.siblings or [] if HUB_FILES.fullmatch(f.rfilename)) / 1e9
+        size = sum(f.size or 0 for f in _hub_files(info.siblings or [])) / 1e9
         licence = info.card_data.get("license") if info.card_data else None
         model |= {"download_gb": round(size, 2), "size_gb": round(size, 2), "license": str(licence or "none stated")}
         pipeline = str(((info.config or {}).get("diffusers") or {}).get("_class_name", ""))
         family = next((f for start, f in PIPELINES.items() if pipeline.startswith(start)), None)
         if family == "sd1" and re.search(r"stable-diffusion-2|sd-?2[.-]", repo, re.I):
             family = "sd2"  # both have the same pipeline class
-        model |= {"family": family, "title": TITLES.get(family or "", "")}
+        model |= {"family": family, "title": TITLES.get(family or "", ""), "words": words_of(family, repo)}
         if family:
             model |= {"trainable": family in forms.families(), "what": f"a model of {TITLES[family]} on the hub, not downloaded yet"}
     return model
+
+
+def _hub_files(siblings: list[Any]) -> list[Any]:
+    """The files of a hub repository that will be fetched: small texts, and of each part's weights what is read."""
+    parts: dict[str, list[str]] = {}
+    for f in siblings:
+        if part := HUB_PARTS.fullmatch(f.rfilename):
+            parts.setdefault(part[1], []).append(part[2])
+    weights = {f"{part}/{name}" for part, names in parts.items() for name in weight_files(names)}
+    return [f for f in siblings if f.rfilename in weights or HUB_TEXTS.fullmatch(f.rfilename)]
 
 
 def _ask_hub(home: Home, repo: str) -> dict[str, Any]:
@@ -210,7 +319,7 @@ def _ask_hub(home: Home, repo: str) -> dict[str, Any]:
         )
     model = _hub_model(repo, info)
     if not model["trainable"]:
-        raise Problem(f"{repo} is {model['what']}. Choose a base model of {' or '.join(TITLES[f] for f in forms.families())}.")
+        raise Problem(f"{repo} is {model['what']}. {CHOOSE}")
     memory = _hub_memory(home) | {repo: model}
     write_atomic(home.cache / "hub.json", json.dumps(memory), "what the hub said")
     return model
@@ -235,7 +344,9 @@ def _snapshots(repo: Path) -> Iterator[Path]:
         found = sorted((repo / "snapshots").iterdir(), key=lambda p: p.stat().st_mtime, reverse=True)
     except OSError:
         return
-    yield from (p for p in found if (p / "model_index.json").is_file() and any((p / "unet").glob("*.safetensors")))
+    yield from (
+        p for p in found if (p / "model_index.json").is_file() and any(f.parent.name in DENOISERS for f in p.glob("*/*.safetensors"))
+    )
 
 
 def _in_hub_cache(repo: str) -> Path | None:
@@ -446,9 +557,8 @@ class Scanner:
             self.cache = self._load()
         stamp = _stamp(path)
         kept = self.cache.get(str(path))
-        if kept and kept[0] == stamp:
+        if kept and kept[0] == stamp and BLANK.keys() <= kept[1].keys():  # else an earlier version wrote it
             model = dict(kept[1])
-            model["trainable"] = model["kind"] in forms.families()  # a family may have come with a new version
         else:
             model = describe(path, where, name)
             self.cache[str(path)] = [stamp, model]

@@ -1,6 +1,7 @@
 """What the page shows of a picture: a small and a large version, and what is odd about it. Pillow and numpy alone.
 
-Everything is kept in the cache by the picture's content (SHA-256), so that a picture is decoded once, whatever it is called.
+Everything is kept in the cache by the picture's content (SHA-256), so that a picture is decoded once, whatever it is called. What
+was not used for long goes at the app's start (`prune`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,8 @@ from trainer.run_dir import replace
 THUMB, FULL = 320, 2048  # longest side in pixels
 QUALITY = {THUMB: 82, FULL: 88}
 _VERSION = 1  # of what is kept; another one is looked at again
+MOST_BYTES, OLDEST_S = 10**9, 90 * 24 * 3600  # what the cache may hold after `prune`, and for how long without being used
+_DAY = 24 * 3600
 _HUGE = 40_000_000  # pixels: such pictures are opened one at a time, since each takes hundreds of MB
 
 # Sharpness is the variance of the Laplacian over that of the picture itself, in the blocks that show something, with the short
@@ -72,6 +76,7 @@ def look(path: Path, digest: str, cache: Path) -> Look:
         values = json.loads(kept.read_text(encoding="utf-8"))
         if values.pop("version") == _VERSION:
             _looks[digest] = Look(**values | {"colours": bytes.fromhex(values["colours"])})
+            used(kept)
             return _looks[digest]
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -195,12 +200,46 @@ def version(path: Path, digest: str, side: int, cache: Path) -> Path:
     Raises Problem for a file that does not decode any more.
     """
     target = _picture(cache, digest, side)
-    if not target.exists():
+    if not used(target):
         try:
             _save(_fit(open_rgb(path, least=side), side), target, side)
         except DAMAGED as error:
             raise Problem(f"{path.name} cannot be shown: {error}. Copy it again, or remove it.", 404) from None
     return target
+
+
+def used(path: Path) -> bool:
+    """Whether a file of the cache is there; its time tells, to a day, when it was last used."""
+    try:
+        if time.time() - path.stat().st_mtime > _DAY:
+            os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def prune(cache: Path, most: int = MOST_BYTES, oldest: float = OLDEST_S) -> int:
+    """Delete the cached pictures that were not used for `oldest` seconds, then the longest unused ones until `most` bytes are left.
+
+    Returns the bytes that were freed. Everything here can be made again.
+    """
+    found = []
+    for folder in (cache / "pictures", cache / "previews"):  # the second: the runs' thumbnails, app/run_reader.py
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    if entry.is_file(follow_symlinks=False):
+                        now = entry.stat(follow_symlinks=False)
+                        found.append((now.st_mtime, now.st_size, Path(entry.path)))
+    left, freed, end = sum(size for _, size, _ in found), 0, time.time() - oldest
+    for at, size, path in sorted(found):
+        torn = path.suffix == ".tmp" and time.time() - at > _DAY  # of a process that was killed while it wrote
+        if at >= end and left <= most and not torn:
+            continue
+        with contextlib.suppress(OSError):  # in use (Windows), or gone
+            path.unlink()
+            left, freed = left - size, freed + size
+    return freed
 
 
 def _picture(cache: Path, digest: str, side: int) -> Path:

@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from app import draft as drafts
-from app import machine, models, settings
+from app import forms, machine, models, settings
 from app.errors import Problem
 from app.paths import Home
 from app.runner import Runner
 from trainer import memory, plan
 from trainer.config import TrainConfig
 from trainer.data.scan import DataError
-from trainer.formats.probe import FormatError, native_resolution
+from trainer.formats.probe import FormatError
 from trainer.run_dir import RunDir, write_json
 
 FEW, MANY, RUNS = 5, 200, 20
@@ -39,6 +40,7 @@ class Speed:
     """What one earlier run or measurement says. `rate`: pixels of training images a second; memory in GiB, 0 unknown."""
 
     model: str
+    family: str
     device: str
     rate: float
     memory: float
@@ -100,26 +102,27 @@ def _read_speed(path: Path, when: float) -> Speed | None:
         buckets = started["buckets"] if started else []
         area = sum(w * h * n for w, h, n in buckets) / max(1, sum(n for _, _, n in buckets))
         facts = {k: config["train"][k] for k in ("checkpointing", "dtype", "batch_size")} | {"text_1": config["part"]["text_1"]["train"]}
-        model = config["model"]["source"]
+        model, family = config["model"]["source"], (started or {}).get("family", forms.families()[0])
         if measured:
-            return Speed(model, measured["device"], measured["images_per_s"] * area, measured["memory_gib"], facts, True, when,
+            return Speed(model, family, measured["device"], measured["images_per_s"] * area, measured["memory_gib"], facts, True, when,
                          measured.get("start_seconds", ANOTHER_START))  # fmt: skip
         rates = [e["images_per_s"] for e in steps[1:] or steps]  # the first step warms up
         if not started or not rates or not area:
             return None
         first = steps[0]["time"] - started["time"] if steps else ANOTHER_START
-        return Speed(model, started["device"], median(rates) * area, max((e.get("memory_gib", 0) for e in steps), default=0), facts, False,
+        return Speed(model, family, started["device"], median(rates) * area, max((e.get("memory_gib", 0) for e in steps), default=0), facts, False,
                      when, min(600.0, max(0.0, first)))  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration):
         return None
 
 
-def _alike(speed: Speed, config: TrainConfig, source: str) -> bool:
-    """Whether a run says something about this one: the same size of model and the same parts, precision and way to save memory."""
+def _alike(speed: Speed, config: TrainConfig, source: str, family: str) -> bool:
+    """Whether a run says something about this one: the same family and the same parts, precision and way to save memory."""
     toy = source == "demo" or Path(source) == models.DEMO
     its_toy = speed.model == "demo" or Path(speed.model) == models.DEMO
     return (
         toy == its_toy
+        and speed.family == family
         and speed.settings["checkpointing"] == config.train.checkpointing
         and speed.settings["text_1"] == config.part.text_1.train
         and speed.settings["dtype"] == config.train.dtype
@@ -262,6 +265,44 @@ class _Found:
                 text = f"about {size:g} GB, " if size else ""
                 licence = f"licence: {self.model['license']}" if self.model.get("license") else "its licence stands on its page"
                 self.say("info", f"{self.model['name']} is downloaded from the hub when training starts: {text}{licence}.", "model")
+            wanted = self.config.model.family if self.config else "auto"
+            if wanted not in ("auto", self.model["family"]) and self.model["family"]:
+                self.say(
+                    "error", f"{self.model['name']} is a model of {self.model['title']}. Set Model family to Automatic.", "model.family"
+                )
+            self.text_encoders()
+
+    def text_encoders(self) -> None:
+        """SD3's text encoders may be missing from a single file, and T5 may be left out."""
+        assert self.model is not None
+        held = self.model["text_encoders"]
+        if held is None or self.config is None:
+            return
+        name, folder = self.model["name"], self.config.model.text_encoders
+        if folder is not None and not folder.expanduser().is_dir():
+            self.say(
+                "error", f"The folder of text encoders, {folder}, is not there. Name another, or empty the field.", "model.text_encoders"
+            )
+        elif not {"text_encoder", "text_encoder_2"} <= set(held) and folder is None:
+            self.say(
+                "error",
+                f"{name} holds no text encoders. Name the folder where clip_l and clip_g lie under Folder of text encoders.",
+                "model.text_encoders",
+            )
+        elif not self.t5 and self.config.model.t5 != "skip":
+            without = "without its tokenizer" if models.T5 in held else "not in it"
+            self.say(
+                "info",
+                f"The largest text encoder (T5) is {without}, so captions are read by the two CLIPs, as many programs do. "
+                "Folder of text encoders adds it.",
+                "model.text_encoders",
+            )
+
+    @property
+    def t5(self) -> bool:
+        assert self.config is not None
+        folder = self.config.model.text_encoders
+        return self.model is not None and models.uses_t5(self.model, folder and folder.expanduser(), self.config.model.t5)
 
     def names(self) -> None:
         if not self.draft["name"]:
@@ -277,41 +318,47 @@ class _Found:
             self.say(
                 "error", f"The LoRA to start from, {start}, is not there any more. Choose another, or empty the field.", "adapter.start"
             )
+        for entry in self.config.model.merge if self.config else ():
+            if not entry.file.expanduser().is_file():
+                self.say(
+                    "error", f"The LoRA to merge into the base, {entry.file}, is not there. Mend the configuration file.", "model.merge"
+                )
 
-    @property
-    def source(self) -> Path:
-        return models.DEMO if self.draft["model"] == "demo" else Path(str((self.model or {}).get("source", "")))
+    @cached_property
+    def family(self) -> str:
+        return drafts.family(self.home, self.draft)
 
     @property
     def table(self) -> str:
-        return "demo" if (self.model or {}).get("toy") else drafts.family(self.home, self.draft)
+        model = self.model or {}
+        return "demo" if model.get("toy") else model.get("variant") or self.family
 
     def lay_out(self) -> None:
         """Images into buckets, by the trainer's own plan; one visit of each is laid out, and the steps of all are counted."""
         if self.config is None or not self.texts:
             return
         try:
-            native = native_resolution(self.source) if self.model and self.model["kind"] != "hub" else 512
+            native = models.resolution(self.model, self.config.model.prediction)
             once = self.config.model_copy(update={"train": self.config.train.model_copy(update={"visits": 1})})
-            self.laid = plan.make(once, native)
+            self.laid = plan.make(once, native, self.family)
         except DataError as error:
             for text in error.problems[:5]:
-                self.say("error", _short(text), "images")
+                self.say("error", forms.in_words(_short(text)), "images")
             if len(error.problems) > 5:
                 self.say("error", f"{len(error.problems) - 5} more images have problems.", "images")
             return
         except FormatError as error:
             self.say("error", str(error), "model")
             return
-        except ValueError as error:  # a bucket step above the resolution
-            self.say("error", str(error), "dataset.bucket_step")
+        except ValueError as error:  # a bucket step above the resolution, or too fine
+            self.say("error", forms.in_words(str(error)), "dataset.bucket_step")
             return
         self.answer["steps"] = plan.length(self.laid, self.config)
         self.answer["buckets"] = [[w, h, n] for (w, h), n in self.laid.buckets().items()]
         self.answer["images"] = len(self.laid.images)
         for text in self.laid.warnings:
             if "empty caption" not in text:
-                self.say("warning", _short(text), "images")
+                self.say("warning", forms.in_words(_short(text)), "images")
         if self.answer["steps"] < 100 and not self.draft["example"]:
             self.say(
                 "warning", f"Only {self.answer['steps']} steps: the LoRA may learn little. Raise the visits to each image.", "train.visits"
@@ -329,7 +376,7 @@ class _Found:
         gpu = gpus[number] if wish.startswith("cuda") and number < len(gpus) else None
         name = choice["name"] if wish == choice["device"] else gpu["name"] if gpu else self.probe["cpu"]["name"] if wish == "cpu" else ""
 
-        alike = [s for s in earlier(self.home) if s.device == name and _alike(s, config, self.draft["model"])]
+        alike = [s for s in earlier(self.home) if s.device == name and _alike(s, config, self.draft["model"], self.family)]
         measured = next((s for s in alike if s.measured), None)
         runs = [s for s in alike if not s.measured]
         if alike:
@@ -341,9 +388,10 @@ class _Found:
 
         dtype = config.train.dtype if config.train.dtype != "auto" else choice["dtype"] if wish == choice["device"] else "fp32"
         rows = min(config.train.batch_size, max(buckets.values()))
-        if self.table in memory.TABLES:
-            need = memory.peak(config, self.table, pixels=max(w * h for w, h in buckets), dtype=dtype, rows=rows, cpu=self.on_cpu)
-            self.answer["memory_gib"] = round(need, 1)
+        need = Need(self.table, max(w * h for w, h in buckets), dtype, rows, self.on_cpu, self.t5)
+        known = self.table in memory.TABLES
+        if known:
+            self.answer["memory_gib"] = round(max(need.stages(config).values()), 1)
         exact = next((s for s in alike if s.measured and s.memory and s.settings["batch_size"] == config.train.batch_size), None)
         if exact:
             self.answer["memory_gib"] = round(exact.memory + (0 if self.on_cpu else memory.CONTEXT), 1)
@@ -354,20 +402,46 @@ class _Found:
             live = machine.live(self.home)
             total = live["memory_gib"]
             self.answer["memory_free_gib"] = live["free_memory_gib"]
-        if (need := self.answer["memory_gib"]) and need > self.answer["memory_free_gib"]:
-            self.too_large(config, rows, need, self.answer["memory_free_gib"], total)
+        if self.answer["memory_gib"] and self.answer["memory_gib"] > self.answer["memory_free_gib"]:
+            self.too_large(config, need if known and not exact else None, total)
+        elif known and gpu and config.train.checkpointing and settings.load(self.home).memory != "low":
+            without = max(need.stages(_with(config, train={"checkpointing": False})).values())
+            if without < 0.9 * self.answer["memory_free_gib"]:
+                self.say(
+                    "info",
+                    f"The GPU has room for training without Save memory, which is about a third faster: about {without:.1f} GiB.",
+                    "train.checkpointing",
+                )
 
-    def too_large(self, config: TrainConfig, rows: int, need: float, free: float, total: float) -> None:
+    def too_large(self, config: TrainConfig, need: Need | None, total: float) -> None:
+        """Say that memory is short, and what would make the training fit. `need` is None where memory was measured."""
+        takes, free = self.answer["memory_gib"], self.answer["memory_free_gib"]
         where = "The GPU" if self.answer["memory_where"] == "GPU" else "This computer"
-        if need <= total:  # what is free was read when the machine was looked at, and changes
-            said = f"The training takes about {need:.1f} GiB. {where} has {total:.1f} GiB, of which {free:.1f} were free when it was looked at."
+        if takes <= total:  # what is free was read when the machine was looked at, and changes
+            said = f"The training takes about {takes:.1f} GiB. {where} has {total:.1f} GiB, of which {free:.1f} were free when it was looked at."
             return self.say("warning", f"{said} Close other programs that use it.", "train.checkpointing")
-        said = f"The training takes about {need:.1f} GiB, and {where[0].lower()}{where[1:]} has {total:.1f} GiB in all."
-        if not config.train.checkpointing:
-            return self.say("warning", f"{said} Switch on Save memory.", "train.checkpointing")
-        if config.train.accumulation < rows:
-            return self.say("warning", f"{said} Cut the batch into {rows} parts.", "train.accumulation")
-        return self.say("warning", f"{said} Lower the resolution.", "dataset.resolution")
+        stages = need.stages(config) if need else {"training": takes}
+        when = {"previews": " while it makes sample images", "encoding": " while it encodes the images"}.get(
+            max(stages, key=stages.get), ""
+        )
+        said = f"The training takes about {takes:.1f} GiB{when}, and {where[0].lower()}{where[1:]} has {total:.1f} GiB in all."
+        side = config.dataset.resolution or (self.laid.resolution if self.laid else 0)
+        remedies = list(_remedies(config, need.rows if need else config.train.batch_size, side, self.t5))
+        used: list[Remedy] = []
+        for remedy in remedies:
+            used.append(remedy)
+            if need is None or need.fits(config, used, total):
+                break
+        else:
+            least = max(need.stages(config, remedies).values()) if need else takes
+            text = f"{said} Even with everything that saves memory it takes about {least:.1f} GiB: choose a smaller base model."
+            return self.say("warning", text, "model")
+        for remedy in list(used):  # what the later ones make needless
+            rest = [r for r in used if r is not remedy]
+            if need and rest and need.fits(config, rest, total):
+                used = rest
+        text = ", and ".join(r.text for r in used)
+        return self.say("warning", f"{said} {text[0].upper()}{text[1:]}.", used[0].field)
 
     def disk(self, free: int) -> None:
         """What the run's folder will hold: LoRA files along the way, resumable states, sample images."""
@@ -393,6 +467,69 @@ class _Found:
             self.say(
                 "warning", f"The run takes about {need / 1e9:.1f} GB of disk, and only {free / 1e9:.1f} GB are free.", "output.save_every"
             )
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Something that takes less memory: the changes of each section, said to the user, and the field that it is about."""
+
+    changes: Mapping[str, Mapping[str, Any]]
+    text: str
+    field: str
+    side: int = 0  # a new resolution, if it is one
+
+
+@dataclass(frozen=True)
+class Need:
+    """What trainer.memory asks of a run beside its configuration."""
+
+    table: str
+    pixels: int
+    dtype: str
+    rows: int
+    cpu: bool
+    t5: bool
+
+    def stages(self, config: TrainConfig, remedies: Sequence[Remedy] = ()) -> dict[str, float]:
+        """GiB of each stage, with the remedies."""
+        pixels, t5 = self.pixels, self.t5
+        for remedy in remedies:
+            config = _with(config, **remedy.changes)
+        if side := next((r.side for r in reversed(remedies) if r.side), 0):
+            pixels = min(pixels, side * side)
+        t5 = t5 and config.model.t5 != "skip"
+        return memory.stages(config, self.table, pixels=pixels, dtype=self.dtype, rows=self.rows, cpu=self.cpu, t5=t5)
+
+    def fits(self, config: TrainConfig, remedies: Sequence[Remedy], total: float) -> bool:
+        return max(self.stages(config, remedies).values()) <= total
+
+
+def _remedies(config: TrainConfig, rows: int, side: int, t5: bool) -> Iterator[Remedy]:
+    """What takes less memory, from what costs the least."""
+    if not config.train.checkpointing:
+        yield Remedy({"train": {"checkpointing": True}}, "switch on Save memory", "train.checkpointing")
+    if config.train.accumulation < rows:
+        yield Remedy({"train": {"accumulation": rows}}, f"cut the batch into {rows} parts", "train.accumulation")
+    small = config.preview.width and config.preview.height and config.preview.width * config.preview.height <= 512 * 512
+    if config.preview.enabled and not small and side > 512:
+        sizes = {"preview": {"width": 512, "height": 512}}
+        yield Remedy(sizes, "make sample images 512 x 512 pixels (Width and Height of sample images)", "preview.width")
+    if t5 and config.model.t5 == "auto":
+        yield Remedy({"model": {"t5": "8bit"}}, "load T5 in 8 bits", "model.t5")
+    if t5:
+        yield Remedy({"model": {"t5": "skip"}}, "leave T5 out", "model.t5")
+    trained = [p for p in ("text_1", "text_2") if getattr(config.part, p).train]
+    if trained and config.part.unet.train:
+        off = {p: getattr(config.part, p).model_copy(update={"train": False}) for p in trained}
+        yield Remedy({"part": off}, "leave the text encoders alone", f"part.{trained[-1]}.train")
+    for lower in (1024, 768, 512):
+        if lower < side:
+            yield Remedy({}, f"lower the resolution to {lower}", "dataset.resolution", lower)
+
+
+def _with(config: TrainConfig, **sections: Mapping[str, Any]) -> TrainConfig:
+    """A configuration with other values; they are not checked again."""
+    return config.model_copy(update={name: getattr(config, name).model_copy(update=dict(values)) for name, values in sections.items()})
 
 
 def _count(times: Any) -> int:

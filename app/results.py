@@ -53,17 +53,26 @@ def comparison(folder: Path) -> Comparison:
     return Comparison(folder)
 
 
+def second(path: Path) -> Path | None:
+    """The second file of a LoRA for SD3, which other tools read than the first: NAME_diffusers beside NAME."""
+    other = path.with_name(f"{path.stem}_diffusers{path.suffix}")
+    return other if other.is_file() else None
+
+
 def files(run: Run) -> list[dict[str, Any]]:
-    """Every exported LoRA of a run that is there now, by step: {file, step, bytes, final}."""
+    """Every exported LoRA of a run that is there now, by step: {file, second (or None), step, bytes, final}."""
     name = run.name()
     known = {file: event["step"] for file, (event, _) in run.exports.items()}
     found = []
     with contextlib.suppress(OSError):
-        for path in run.folder.glob("[!.]*.safetensors"):
+        there = set(run.folder.glob("[!.]*.safetensors"))
+        for path in there - {second(path) for path in there}:
             final = path.stem == name
             told = re.fullmatch(r"-(\d+)", path.stem.removeprefix(name)) if path.stem.startswith(name) else None
             step = known.get(path.name, int(told[1]) if told else run.step)
-            found.append({"file": path.name, "step": step, "bytes": path.stat().st_size, "final": final})
+            other = second(path)
+            size = path.stat().st_size + (other.stat().st_size if other else 0)
+            found.append({"file": path.name, "second": other and other.name, "step": step, "bytes": size, "final": final})
     return sorted(found, key=lambda entry: (entry["step"], entry["final"]))
 
 
@@ -131,10 +140,11 @@ def copy(run: Run, file: str, folder: str, settings: Settings) -> list[Path]:
     kind = probe.identify(source)
     if kind.family not in metadata.SIDECAR_VERSIONS:
         raise Problem(f"{file} is {kind.what}, for which no card can be written. Download it instead.", 409)
+    other = second(source)
     stem, k = source.stem, 1
     while True:
         name = stem if k == 1 else f"{stem}-{k}"
-        made = [target / f"{name}{ending}" for ending in (".safetensors", ".json", ".png")]
+        made = [target / f"{name}{ending}" for ending in (".safetensors", ".json", ".png", "_diffusers.safetensors")]
         k += 1
         if any(path.exists() for path in made):
             continue
@@ -154,6 +164,9 @@ def copy(run: Run, file: str, folder: str, settings: Settings) -> list[Path]:
     card = metadata.sidecar(kind.family, words, description=run.setting("output.description", ""), notes=notes)
     paths = made[:2]
     try:
+        if other:
+            shutil.copyfile(other, made[3])
+            paths.append(made[3])
         made[1].write_text(card, encoding="utf-8")
         if (picture := _picture(run, file, step)) is not None:
             shutil.copyfile(picture, made[2])
@@ -188,6 +201,8 @@ def keep(run: Run, file: str, confirm: bool) -> dict[str, Any]:
             path = run.folder / entry["file"]
             try:
                 path.unlink()
+                if entry["second"]:
+                    (run.folder / entry["second"]).unlink()
                 if (card := path.with_suffix(".json")).name not in OWN:
                     card.unlink(missing_ok=True)
             except OSError as error:

@@ -22,6 +22,7 @@ from typing import Any
 
 from PIL import Image
 
+from app import pictures
 from app.errors import Problem
 from app.paths import Home
 from app.settings import Settings
@@ -204,7 +205,7 @@ def picture(home: Home, path: Path, size: int | None) -> Path:
     now = path.stat()
     key = hashlib.sha256(f"{path}\n{now.st_mtime_ns}\n{now.st_size}\n{size}".encode()).hexdigest()[:32]
     thumb = home.cache / "previews" / f"{key}.webp"
-    if not thumb.exists():
+    if not pictures.used(thumb):
         thumb.parent.mkdir(parents=True, exist_ok=True)
         try:
             with Image.open(path) as image:

@@ -191,16 +191,27 @@ class Runner:
 
     # Processes
 
-    def launch(self, kind: str, folder: Path, words: Sequence[str]) -> None:
-        """Start `python -m trainer *words` detached, its output appended to the folder's log.txt. Where that fails, the folder says so."""
+    def tool(self, folder: Path, words: Sequence[str]) -> None:
+        """Start a tool that works on files alone: as `launch`, but what it prints goes to the folder's answer.txt, its complaints to log.txt.
+
+        Tools need no device and wait for nothing; `folder` lies outside of the data folder's jobs, so that nothing waits for them. They
+        write no events: `look` says of one that has ended failed or interrupted, and the caller knows by its result whether it succeeded.
+        """
+        self.launch("tool", folder, words, answer=folder / "answer.txt")
+
+    def launch(self, kind: str, folder: Path, words: Sequence[str], answer: Path | None = None) -> None:
+        """Start `python -m trainer *words` detached, its output appended to the folder's log.txt. Where that fails, the folder says so.
+
+        `answer`: a file that takes what it prints, so that the log has its errors alone.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         last = run_reader.last_event(folder / "events.jsonl")
         facts = {"pid": None, "created": None, "time": time.time(), "kind": kind, "words": list(words)}
         facts |= {"last": [last["seq"], last["time"]] if last else None, "compared": False}
-        with (folder / "log.txt").open("ab") as out:
+        with (folder / "log.txt").open("ab") as out, answer.open("wb") if answer else contextlib.nullcontext(out) as printed:
             facts["log"] = out.seek(0, os.SEEK_END)
             try:
-                child = self._spawn(words, out)
+                child = self._spawn(words, printed, out)
             except OSError as error:
                 facts["error"] = f"The trainer could not be started: {error.strerror or error}."
             else:
@@ -216,7 +227,7 @@ class Runner:
             self._watched.add(folder)
 
     @staticmethod
-    def _spawn(words: Sequence[str], out: Any) -> subprocess.Popen:
+    def _spawn(words: Sequence[str], out: Any, errors: Any = subprocess.STDOUT) -> subprocess.Popen:
         options: list[dict[str, Any]] = [{"start_new_session": True}]
         if WINDOWS:  # out of the app's console and job, so that closing either leaves the trainer alone; not every job lets go
             flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
@@ -225,7 +236,7 @@ class Runner:
             try:
                 return subprocess.Popen(
                     [sys.executable, "-m", "trainer", *words],
-                    cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, **more,
+                    cwd=ROOT, env=_environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=errors, **more,
                 )  # fmt: skip
             except PermissionError:
                 if k == len(options) - 1:
@@ -379,7 +390,7 @@ class Runner:
         return Look("interrupted", INTERRUPTED)
 
     def _locked(self, folder: Path) -> bool:
-        with self._locks:  # a look takes the lock for a moment: two at once would take each other for a trainer
+        with self._locks:  # on Windows a look takes the lock for a moment: two at once would take each other for a trainer
             try:
                 return run_dir.is_alive(_run(folder))
             except OSError:  # the folder was deleted meanwhile, or may not be written to

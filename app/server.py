@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from app import machine
+from app import machine, pictures
 from app.auth import Auth, Door
 from app.context import Context
 from app.errors import Problem
@@ -55,6 +55,7 @@ def build(home: Home, hosts: Callable[[str], bool] = LOCAL.__contains__, passwor
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         runner = app.state.context.runner
         runner.start()
+        pictures.prune(home.cache)
         if machine.info(home) is None:
             machine.refresh(home, runner)
         try:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gradio as gr
 
-from app.pages import new_lora, results, runs, settings
+from app.pages import new_lora, results, runs, settings, tools
 
 TITLE = "LoRA Atelier"
 PAGES = (  # (name, address, builder); the first one is the main page
     ("New LoRA", "/", new_lora.build),
     ("Runs", "/runs", runs.build),
     ("Results", "/results", results.build),
+    ("Tools", "/tools", tools.build),
     ("Settings", "/settings", settings.build),
 )
 

@@ -29,6 +29,7 @@ FREE = (  # what the app may import of the trainer: none of it imports torch
     "trainer.data.images",
     "trainer.data.buckets",
 )
+SHARED = ("sources", "common", "unet", "clip", "prediction")  # of trainer/families: what families have in common
 TORCH_FREE = (*FREE, "trainer.randomness", "trainer.hardware", "trainer.families.sources")
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors.torch")
 
@@ -115,7 +116,7 @@ def violations(root: Path) -> list[str]:
         for room in ("app/pages/", "trainer/families/"):
             package = room.replace("/", ".")[:-1]
             if path.startswith(room) and not path.endswith("__init__.py"):
-                others = {module_of(p) for p in trees if p.startswith(room)} - {own, package, f"{package}.sources"}
+                others = {module_of(p) for p in trees if p.startswith(room)} - {own, package, *(f"{package}.{n}" for n in SHARED)}
                 broken("imports its neighbour", (n for n in names if within(n, *others)))
         if path.startswith("app/pages/") and not path.endswith("__init__.py"):
             allowed = [f"app.{n}" for n in ("forms", "parts", "jobs", "runner", "run_reader", "pages")]

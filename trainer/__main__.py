@@ -73,6 +73,8 @@ class Terminal:
         elif kind == "exported":
             modules = ", ".join(f"{n} {part} layers" for part, n in event["modules"].items())
             self.say(f"Saved {event['file']} ({event['bytes'] / 1e6:.1f} MB, {modules}), read back and checked.")
+            if event["final"] and event.get("tools"):
+                self.say(f"All of it is read by {', '.join(event['tools'])}.")
         if kind in ("finished", "stopped", "failed") and self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -118,7 +120,7 @@ def _dry_run(config: Any, as_json: bool) -> int:
     hardware = choose(config.train.device, config.train.dtype, config.train.attention)
     ready = run.prepare(config, lambda text: print(text, file=sys.stderr))  # stdout may be JSON
     laid, total = ready.plan, len(ready.plan.steps)
-    counted = families.get(ready.family).count(ready.source, config.adapter.targets, config.adapter.rank)
+    counted = families.get(ready.family).count(ready.source, config.adapter)
     parts = {
         name: {"layers": layers, "parameters": size, "learning_rate": part.learning_rate, "steps": plan.stop_step(part.stop, total)}
         for name, (layers, size) in counted.items()
@@ -194,17 +196,17 @@ def _inspect(args: argparse.Namespace) -> int:
     from trainer.tools.inspect import format_text, inspect
 
     found = inspect(args.file)
-    print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else format_text(found))
-    return 0
+    print(json.dumps(found, indent=1, ensure_ascii=False) if args.json else format_text(found, args.file.name))
+    return 0 if args.file.exists() else 1
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from trainer.tools.convert import convert
+    from trainer.tools.convert import convert, target_of
 
-    notes = convert(args.source, args.target, args.naming)
-    for text in notes:
+    target = args.out or target_of(args.file, args.to)
+    for text in convert(args.file, target, args.to):
         print(f"Note: {text}")
-    print(f"Saved {args.target}")
+    print(f"Saved {target}, read back and checked.")
     return 0
 
 
@@ -336,9 +338,9 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(call=_inspect)
 
     p = commands.add_parser("convert", help="rename a LoRA file's keys for other tools")
-    p.add_argument("source", type=Path)
-    p.add_argument("target", type=Path)
-    p.add_argument("--naming", choices=("kohya", "peft"), required=True)
+    p.add_argument("file", type=Path)
+    p.add_argument("--to", choices=("kohya", "diffusers", "comfy"), required=True, help="whose names the layers get")
+    p.add_argument("--out", type=Path, help="the new file (default: beside the old one)")
     p.set_defaults(call=_convert)
 
     p = commands.add_parser("probe", help="print this machine's hardware and versions as JSON")

@@ -70,6 +70,20 @@ def load_checkpoint(path: Path, objects: dict[str, Stateful]) -> int:
     return int(metadata["step"])
 
 
+def ranks(path: Path) -> dict[str, dict[str, int]]:
+    """{part: {module path: rank}} of the adapter in a checkpoint: a run that started from a LoRA took its ranks from there."""
+    found: dict[str, dict[str, int]] = {}
+    try:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key.startswith("adapter/") and key.endswith(".down"):
+                    part, _, layer = key.removeprefix("adapter/").removesuffix(".down").partition("/")
+                    found.setdefault(part, {})[layer] = file.get_slice(key).get_shape()[0]
+    except (SafetensorError, OSError):  # load_checkpoint says what is wrong with it
+        return {}
+    return found
+
+
 def _flatten(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         tensors[path] = value

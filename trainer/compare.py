@@ -7,7 +7,7 @@ The job's folder follows the protocol of a run's (trainer/job.py). Beside it sta
     scores       [{file, step, gain, drift}], by step
     recommended  {file, step, why}
     hints        [sentences]
-    measured     what the hints rest on: {gain_at: {strength: gain}, drift_at: {strength: drift}, variety, file}, of the last file
+    measured     what the hints rest on: {gain_at: {strength: gain}, drift_at: {strength: drift}, file}, of the last file
 
 results.json is replaced as a whole when each part is there, so that a page fills while the job works.
 
@@ -21,26 +21,30 @@ gain    1 - loss / loss of the base alone: of the fixed-noise loss (trainer/vali
 drift   how far prompts without the trigger move: the mean square of (prediction with the LoRA - prediction of the base) on fixed
         noise over pictures that the base itself made of GENERIC prompts, divided by the mean square of (the base's prediction with
         the prompt - without any). At 1 the LoRA pushes these pictures as hard as their own prompt does.
-variety the mean distance between four pictures (seeds) of one prompt with the trigger (grey, 16 x 16), divided by the same of the
-        base and generic prompts: four seeds of one prompt differ by pose and place.
 
 ## Where the thresholds come from
 
-Trainings of the demo base on one H200: owl and zorp, each under-trained, of the right length (preset sd1/demo), and over-trained (2 and 4
-times as long, constant rate), two seeds each: tests/trainer/compare_calibration.json has every file's figures. The judge is the demo's
-classifier, which knows neither gain nor drift. `right`: share of 24 bare nouns ("a cat") that still show their own subject (0.96 for the base
-alone); `shown`: share of the concept's prompts that show it. Of the last files (gain on training images), both seeds:
+Trainings of the demo base on one H200: owl, zorp and sunset (a style), each under-trained (a quarter of the length), of the right length
+(preset sd1/demo), over-trained (2 and 4 times as long, constant rate), and owl and zorp on pictures of one pose ("same"); two seeds each:
+tests/trainer/compare_calibration.json has every file's figures. For the subjects the judge is the demo's classifier, for sunset the colours
+at the top and bottom of a picture; neither knows gain or drift. `right`: share of 24 bare nouns ("a cat") that still show their own subject
+(0.96 for the base alone); `shown`: share of the concept's prompts that show it. Of the last files (gain on training images), both seeds, and
+`more`, what is learnt at strength 1.3 by that at 1.0:
 
-    run                gain       drift        right        shown
-    zorp, under-trained 0.79 0.76   6.8  6.0   0.92 1.00    0.06 0.00
-    zorp, right length  0.92 0.92  22.5 24.8   0.71 0.75    1.00 1.00
-    zorp, over-trained  0.97 0.97  78.0 72.7   0.38 0.46    1.00 1.00
-    owl, right length   0.94 0.94  25.7 31.1   0.88 0.88    1.00 1.00
-    owl, over-trained   0.97 0.98  48.7 55.2   0.58 0.58    1.00 1.00
+    run                gain       drift        more         right        shown
+    zorp, under-trained 0.79 0.76   6.8  6.0   0.95 0.98    0.92 1.00    0.06 0.00
+    zorp, right length  0.92 0.92  22.5 24.8   0.86 0.87    0.71 0.75    1.00 1.00
+    zorp, over-trained  0.97 0.97  78.0 72.7   0.82 0.82    0.38 0.46    1.00 1.00
+    owl, under-trained  0.83 0.83   6.2  6.7   0.98 0.99    1.00 1.00    0.38 0.50
+    owl, right length   0.94 0.94  25.7 31.1   0.88 0.92    0.88 0.88    1.00 1.00
+    owl, over-trained   0.97 0.98  48.7 55.2   0.85 0.85    0.58 0.58    1.00 1.00
 
-DRIFT_LIMIT: zorp files up to 15 have right >= 0.79. SPILLS: no run of the right length ends above 31.1, no over-trained one below 44.9.
-WEAKER_IS_BETTER and STRONGER_IS_BETTER say what their hints say and were not calibrated; LESS_VARIETY is not settled (one file measured 0.27
-once and 1.98 in another run of the same settings), so it is low and the hint rather stays away. Nothing was measured on SD1.5 yet.
+DRIFT_LIMIT: zorp files up to 15 have right >= 0.79. SPILLS: no run of the right length ends above 40.5, no over-trained one below 44.9.
+STRONGER_IS_AS_GOOD: the six under-trained have `more` >= 0.949, all others <= 0.916, on training and on held-out images alike; leaving out
+each run in turn, the middle of the gap is right on all 28. WEAKER_IS_BETTER says what its hint says and was not fitted.
+There is no hint on poses or on backgrounds of training images: likeness of the pictures to each other never told the runs on one pose from
+the others (leaving out each run in turn, at least 2 of 20 wrong), nor likeness of their borders to the training images' the over-trained from
+the rest (at least 3 of 16 wrong). Nothing was measured on SD1.5 yet.
 """
 
 from __future__ import annotations
@@ -74,10 +78,9 @@ GENERIC = (
 )
 NINE_TENTHS = 0.9
 DRIFT_LIMIT = 15.0
-SPILLS = 38.0
-LESS_VARIETY = 0.2
+SPILLS = 42.0
 WEAKER_IS_BETTER = 1.02
-STRONGER_IS_BETTER = 1.05
+STRONGER_IS_AS_GOOD = 0.935
 STOP_WORDS = frozenset(
     [
         "a",
@@ -135,12 +138,12 @@ def _compare(job: Job, run: RunDir, device: str) -> dict[str, Any]:
         job.emit("stage", name="loading", text=text)
 
     model = config.model
-    studio: Studio = job.wait(lambda: Studio(model.source, device=device, say=say, prediction=model.prediction))
-    laid = plan.make(config, studio.native)
+    studio: Studio = job.wait(lambda: Studio(model.source, device=device, say=say, model=model))
+    studio.models.windows, studio.models.weighted = config.dataset.text_windows, config.dataset.prompt_weights
+    laid = plan.make(config, studio.native, studio.family.name)
     prompts, plain = choose_prompts(config, laid)
     scored, shown = spread(files, SCORED), spread(files, ROWS)
-    pose = prompts[min(1, len(prompts) - 1)]
-    total = 3 + len(scored) + 2 + len(shown) * len(prompts) * len(STRENGTHS)  # three more measures of the last file; two pictures
+    total = len(scored) + 2 + 2 + len(shown) * len(prompts) * len(STRENGTHS)  # two more measures of the last file; two pictures
     hardware = studio.hardware
     start = {"name": config.output.name, "total": total, "device": hardware.name, "dtype": hardware.dtype}
     job.emit("started", **start, reasons=list(hardware.reasons))
@@ -178,9 +181,6 @@ def _compare(job: Job, run: RunDir, device: str) -> dict[str, Any]:
         measured["gain_at"][f"{strength}"] = round(measure.gain(), 4)
         measured["drift_at"][f"{strength}"] = round(measure.drift(), 4)
         count("scored", file=last.name, step=last_step, strength=strength)
-    studio.wear(last)
-    measured["variety"] = round(measure.variety(pose), 3)
-    count("scored", file=last.name, step=last_step, variety=measured["variety"])
     found["measured"] = measured
     found["hints"] = hints(measured, has_trigger=has_trigger)
 
@@ -292,7 +292,7 @@ def _words(text: str) -> list[str]:
 
 
 class Measure:
-    """Gain, drift and variety of a studio as it stands, on draws that are the same at each measurement. Made with no LoRA on."""
+    """Gain and drift of a studio as it stands, on draws that are the same at each measurement. Made with no LoRA on."""
 
     IMAGES, DRAWS, DRIFT_DRAWS = 8, 4, 4
 
@@ -313,7 +313,7 @@ class Measure:
             background=config.dataset.background,
             draws=self.DRAWS,
             seed=config.train.seed,
-            text_trains=True,  # a LoRA may be on the text encoder: captions are encoded anew at each measurement
+            trained=models.text,  # a LoRA may be on the text encoder: captions are encoded anew at each measurement
         )
         self.base_loss = self.fixed.measure(_Worn())
         self.size = picture_size(config, laid)
@@ -321,21 +321,19 @@ class Measure:
         with torch.no_grad():
             latents = torch.cat([family.encode(models, _pixels(p).to(models.device))[0] for p in pictures])
             generator = torch.Generator().manual_seed(randomness.key(config.train.seed, 0, "drift"))
-            length, draws = len(models.alphas_cumprod), self.DRIFT_DRAWS
-            self.tokens = family.tokenize(models, plain).to(models.device)
+            draws, self.plain = self.DRIFT_DRAWS, list(plain)
             self.rows = []  # (noisy latents, t, prediction of the base), a draw of all prompts each
             spread = 0.0
-            empty = family.encode_text(models, family.tokenize(models, [""] * len(plain)).to(models.device))
+            empty = family.conditions(models, [""] * len(plain), self.size)
             for draw in range(draws):
                 noise = torch.randn(latents.shape, generator=generator).to(models.device)
                 order = [(k * draws + draw + 0.5) / (len(plain) * draws) for k in range(len(plain))]
-                t = torch.tensor([int(share * length) for share in order], device=models.device)
+                t = family.spread(models, order)
                 noisy, _ = family.process(models, latents, noise, t)
                 base = self._predict(noisy, t)
                 spread += float((base - self._one_by_one(noisy, t, empty)).square().mean())
                 self.rows.append((noisy, t, base))
             self.spread = spread / draws
-        self.base_variety = sum(self._distance(p) for p in plain[:2]) / 2
 
     def gain(self) -> float:
         """Share of the base's loss on images of the concept that the LoRA takes away; negative where it adds."""
@@ -351,24 +349,8 @@ class Measure:
             moved = [float((self._predict(noisy, t) - base).square().mean()) for noisy, t, base in self.rows]
         return sum(moved) / len(moved) / self.spread
 
-    def variety(self, prompt: str) -> float:
-        """How different four pictures of `prompt` are, by how different the base's of a generic prompt are."""
-        return self._distance(prompt) / max(self.base_variety, 1e-6)
-
-    def _distance(self, prompt: str) -> float:
-        import itertools
-
-        import numpy as np
-
-        look = self.config.preview
-        images = self.studio.sample(
-            [prompt] * 4, [200 + k for k in range(4)], steps=12, guidance=look.guidance, size=self.size, tick=self.check
-        )
-        small = [np.asarray(i.convert("L").resize((16, 16)), dtype=np.float32) for i in images]
-        return float(np.mean([np.abs(a - b).mean() for a, b in itertools.combinations(small, 2)]))
-
     def _predict(self, noisy: Any, t: Any) -> Any:
-        return self._one_by_one(noisy, t, self.studio.family.encode_text(self.studio.models, self.tokens))
+        return self._one_by_one(noisy, t, self.studio.family.conditions(self.studio.models, self.plain, self.size))
 
     def _one_by_one(self, noisy: Any, t: Any, cond: Any) -> Any:
         """Predictions for all rows, in pieces that fit into memory."""
@@ -442,24 +424,17 @@ def recommend(scores: Sequence[dict[str, Any]], has_trigger: bool) -> dict[str, 
 
 
 def hints(measured: dict[str, Any], *, has_trigger: bool) -> list[str]:
-    """Sentences on what to do next, each from a measured quantity of the last file; see the top of this module for the thresholds."""
-    said = []
-    gain, drift = measured["gain_at"], measured["drift_at"]
-    file = measured["file"]
-    weaker_is_better = learnt(gain["0.6"]) > WEAKER_IS_BETTER * learnt(gain["1.0"])
-    spills = has_trigger and drift["1.0"] > SPILLS
+    """What to do next, at most one sentence, from what was measured of the last file; see the top of this module for the thresholds."""
+    file, gain, drift = measured["file"], measured["gain_at"], measured["drift_at"]
     if max(gain.values()) <= 0:
         return [f"{file} has learnt nothing that shows in the loss: raise the learning rate or train further."]
-    if weaker_is_better or (spills and drift["0.6"] <= SPILLS):
-        said.append(f"{file} is good only below a strength of about 0.7: it is over-trained. Take an earlier one.")
-    elif spills:
-        said.append(
-            f"With {file}, what it learnt appears in pictures without the trigger word, even at strength 0.6: it is over-trained. Take an earlier one."
-        )
-    if learnt(gain["1.3"]) > STRONGER_IS_BETTER * learnt(gain["1.0"]):
-        said.append(f"{file} gets better above a strength of 1.2: train further (+50 %), or raise the learning rate.")
-    if measured["variety"] < LESS_VARIETY:
-        said.append(
-            f"Pictures by {file} resemble each other: the same pose everywhere asks for more variety in the images, not for more steps."
-        )
-    return said
+    weak, full, strong = (learnt(gain[strength]) for strength in ("0.6", "1.0", "1.3"))
+    spills = has_trigger and drift["1.0"] > SPILLS
+    if weak > WEAKER_IS_BETTER * full or (spills and drift["0.6"] <= SPILLS):
+        return [f"{file} is good only below a strength of about 0.7: it is over-trained. Take an earlier one."]
+    if spills:
+        says = "what it learnt appears in pictures without the trigger word, even at strength 0.6"
+        return [f"With {file}, {says}: it is over-trained. Take an earlier one."]
+    if strong >= STRONGER_IS_AS_GOOD * full:
+        return [f"{file} is about as good at strength 1.3 as at 1.0, or better: it has more to learn. Train further (+50 %)."]
+    return []

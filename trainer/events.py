@@ -13,7 +13,7 @@ Every event has `v` (this format's version, 1), `seq` (counts up by 1, also acro
     validation   step, train (loss), held_out (loss or null)
     preview      step, images [file names], prompts
     checkpoint   step, file
-    exported     step, file, bytes, modules {part: count}, final
+    exported     step, file, also [files written beside it], bytes, modules {part: count}, final, tools [that read all of it]
     resumed      step
     changed      step, and visits, total (steps) or prompts: what holds from that step on (trainer/control.py)
     answered     request, id, step, detail ("done", or why not)

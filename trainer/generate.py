@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from trainer.config import ModelConfig
+
 
 class Studio:
     """A loaded base that makes pictures, with at most one LoRA on it, which diffusers' own loader puts there and takes off.
@@ -17,26 +19,31 @@ class Studio:
     Attributes: `path` of the base, `family`, `models` (with the LoRA while one is on), `hardware`, `native` (side in pixels).
     """
 
-    def __init__(self, base: str, *, device: str, say: Callable[[str], None], dtype: str = "auto", prediction: str = "auto") -> None:
-        """Load `base` (as model.source); `say` gets a sentence before a download. Raises ValueError for one that cannot be used."""
-        import torch
-        from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    def __init__(
+        self, base: str, *, device: str, say: Callable[[str], None], dtype: str = "auto", model: ModelConfig | None = None
+    ) -> None:
+        """Load `base` (as model.source) by the other settings of `model`; `say` gets a sentence before a download.
 
-        from trainer import families
+        Raises ValueError for one that cannot be used.
+        """
+        import torch
+
+        from trainer import bases, families
+        from trainer.config import ModelConfig
         from trainer.families import sources
         from trainer.hardware import choose
 
         self.hardware = choose(device, dtype)
         self.path = sources.resolve(base, say)
-        self.family = families.get(sources.family_of(self.path, "auto"))
+        model = model or ModelConfig()
+        self.family = families.get(sources.family_of(self.path, model.family))
         number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.hardware.dtype]
-        self.models = self.family.load(self.path, number, torch.device(self.hardware.device), prediction, "sdpa")
-        self.native = self.family.native_resolution(self.path)
+        self.models = bases.load(self.path, self.family, number, torch.device(self.hardware.device), model)
+        if self.models.prediction == "unknown":
+            say(bases.measure(self.path, self.family, self.models))
+        self.native = self.family.native_resolution(self.path, self.models.prediction)
         self.worn: tuple[Any, ...] | None = None
-        m = self.models
-        scheduler = DPMSolverMultistepScheduler.from_config(m.scheduler)
-        unet, text = m.parts["unet"], m.parts["text_1"]
-        self.pipe = StableDiffusionPipeline(m.vae, text, m.tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+        self.pipe = self.family.pipeline(self.models)
 
     def wear(self, lora: Path | None, strength: float = 1.0, field: str = "--lora") -> None:
         """Put the LoRA of a file on at a strength, or none. Raises ValueError naming `field` for a file that does not fit."""

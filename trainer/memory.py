@@ -1,8 +1,12 @@
-"""What a run will take, by arithmetic on a table for each family: memory while training, and the size of a LoRA. Torch-free.
+"""What a run will take, by arithmetic on a table for each base: memory while training, and the size of a LoRA. Torch-free.
 
-The table of SD1 was fitted to 19 runs on one H200 (torch 2.11, 512 and 768 px, batch 1 to 4, bf16 and fp32, with and without text
-encoder and checkpointing); it meets them within 5 %. Other GPUs may differ a little: their attention kernels keep other things.
-Sizes are in GiB (2^30 bytes), numbers of parameters in whole numbers.
+Numbers of parameters are those of the real configurations (a test counts them). What training keeps was measured on one H200 (torch
+2.11, batch 1 to 4, bf16 and fp32, with and without text encoders and checkpointing): whole runs for SD1 at 512 and 768 px, steps on
+random weights for the others at their native size. The tables meet all of them within 5 %. How much of it is the frozen base and how
+much attention is an estimate, since attention was never left out; so are the tables of SD3 medium and SD3.5 large for feed-forward and
+projections apart, and SD2 in fp32 with checkpointing. Other GPUs may differ a little: their attention kernels keep other things.
+
+Sizes are in GiB (2^30 bytes), numbers of parameters in whole numbers. LoRAs with `adapter.blocks` are counted as if there were none.
 """
 
 from __future__ import annotations
@@ -17,19 +21,27 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CONTEXT = 0.8  # what a CUDA process holds beside torch's tensors: context, libraries, blocks that are kept for reuse
 PROCESS = 0.6  # a process on the CPU with torch and diffusers loaded, before any model
 MOMENTS = 4  # fp32 copies of an adapter in training: weights, gradients, two moments
+# The VAE in fp32, in GiB for each pixel of a batch, measured from 512 to 1536 px; and the pixels that one batch has at least.
+ENCODING, ENCODED_AT_ONCE = 3.02 / 2**20, 2 * 512 * 512
+DECODING, DECODED_AT_ONCE = 4.77 / 2**20, 512 * 512
+TEXTS = ("text_1", "text_2", "text_3")
+LARGE = "convolutions_3x3"  # the convolutions that adapter.conv_rank is for
 
 
 @dataclass(frozen=True)
 class Table:
-    """One family in its usual size.
+    """One base.
 
     Attributes:
-        parameters: numbers in each part, "vae" too.
+        parameters: numbers in each part (buffers of a transformer too), and in "vae".
         per_rank: for each part and kind of layer, adapter parameters for each unit of rank.
         native: side in pixels that `activations` and `checkpointed` are for.
-        activations: what a training row keeps for the backward pass, at 16 bits: of the frozen base, and more for each kind of layer.
+        activations: what a training row keeps for the backward pass, at 16 bits: of the frozen base, and more for each kind of layer
+            and text encoder.
         checkpointed: the same with gradient checkpointing.
-        encoding: what the VAE takes beside all weights while it encodes images; `decoding`, while a sample image is decoded.
+        wide, wide_checkpointed: how much more that is at 32 bits: norms and the adapters are so already.
+        overhead: what a step holds beside all this.
+        vae: what the VAE takes, in shares of that of the real ones.
     """
 
     parameters: Mapping[str, int]
@@ -37,45 +49,119 @@ class Table:
     native: int
     activations: Mapping[str, float]
     checkpointed: float
-    encoding: float
-    decoding: float
+    wide: float
+    wide_checkpointed: float
+    overhead: float
+    vae: float = 1.0
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text encoders that may carry an adapter."""
+        return tuple(p for p in self.per_rank if p in TEXTS)
+
+
+_CLIP_L = {"attention": 73_728, "feed_forward": 92_160}
+_CLIP_G = {"attention": 327_680, "feed_forward": 409_600}
+_SD3_TEXTS = {"text_1": 123_650_304, "text_2": 694_659_840, "text_3": 4_762_310_656, "vae": 83_819_683}
 
 TABLES = {
     "sd1": Table(
         parameters={"unet": 859_520_964, "text_1": 123_060_480, "vae": 83_653_863},
         per_rank={
-            "unet": {"attention": 199_296, "feed_forward": 174_720, "projections": 49_920, "convolutions": 626_880},
-            "text_1": {"attention": 73_728, "feed_forward": 92_160},
+            "unet": {"attention": 199_296, "feed_forward": 174_720, "projections": 49_920, "convolutions": 82_880, LARGE: 544_000},
+            "text_1": _CLIP_L,
         },
         native=512,
         activations={"base": 0.80, "attention": 0.20, "feed_forward": 0.28, "projections": 0.085, "convolutions": 0.21, "text_1": 0.045},
         checkpointed=0.427,
-        encoding=1.5,
-        decoding=2.0,
+        wide=1.34,
+        wide_checkpointed=1.18,
+        overhead=0.1,
+    ),
+    "sd2": Table(
+        parameters={"unet": 865_910_724, "text_1": 340_387_840, "vae": 83_653_863},
+        per_rank={
+            "unet": {"attention": 207_488, "feed_forward": 174_720, "projections": 49_920, "convolutions": 82_880, LARGE: 544_000},
+            "text_1": {"attention": 188_416, "feed_forward": 235_520},
+        },
+        native=768,
+        activations={"base": 1.73, "attention": 0.44, "feed_forward": 0.55, "projections": 0.20, "convolutions": 0.51, "text_1": 0.10},
+        checkpointed=0.73,
+        wide=1.34,
+        wide_checkpointed=1.3,
+        overhead=0.13,
+    ),
+    "sdxl": Table(
+        parameters={"unet": 2_567_463_684, "text_1": 123_060_480, "text_2": 694_659_840, "vae": 83_653_863},
+        per_rank={
+            "unet": {"attention": 1_451_520, "feed_forward": 1_164_800, "projections": 43_520, "convolutions": 58_560, LARGE: 355_840},
+            "text_1": _CLIP_L,
+            "text_2": _CLIP_G,
+        },
+        native=1024,
+        activations={
+            "base": 5.93, "attention": 1.50, "feed_forward": 1.96, "projections": 0.165, "convolutions": 0.96, "text_1": 0.055, "text_2": 0.29,
+        },
+        checkpointed=0.82,
+        wide=1.34,
+        wide_checkpointed=1.53,
+        overhead=0.14,
+    ),
+    "sd3_medium": Table(
+        parameters={"unet": 2_028_328_000 + 56_623_104} | _SD3_TEXTS,
+        per_rank={"unet": {"attention": 586_752, "feed_forward": 721_920, "projections": 509_952}, "text_1": _CLIP_L, "text_2": _CLIP_G},
+        native=1024,
+        activations={"base": 4.33, "attention": 1.08, "feed_forward": 2.85, "projections": 1.27, "text_1": 0.045, "text_2": 0.17},
+        checkpointed=0.83,
+        wide=1.1,
+        wide_checkpointed=1.28,
+        overhead=0.08,
+    ),
+    "sd35_medium": Table(
+        parameters={"unet": 2_243_171_520 + 226_492_416} | _SD3_TEXTS,
+        per_rank={"unet": {"attention": 746_496, "feed_forward": 721_920, "projections": 569_856}, "text_1": _CLIP_L, "text_2": _CLIP_G},
+        native=1024,
+        activations={"base": 7.94, "attention": 1.98, "feed_forward": 2.97, "projections": 1.31, "text_1": 0.045, "text_2": 0.17},
+        checkpointed=0.99,
+        wide=1.1,
+        wide_checkpointed=1.28,
+        overhead=0.08,
+    ),
+    "sd35_large": Table(
+        parameters={"unet": 8_056_627_520 + 89_653_248} | _SD3_TEXTS,
+        per_rank={"unet": {"attention": 1_473_792, "feed_forward": 1_824_000, "projections": 1_284_096}, "text_1": _CLIP_L, "text_2": _CLIP_G},
+        native=1024,
+        activations={"base": 14.3, "attention": 3.58, "feed_forward": 7.39, "projections": 2.92, "text_1": 0.045, "text_2": 0.17},
+        checkpointed=1.66,
+        wide=1.1,
+        wide_checkpointed=1.28,
+        overhead=0.4,
     ),
     "demo": Table(
         parameters={"unet": 4_283_012, "text_1": 498_048, "vae": 3_406_663},
         per_rank={
-            "unet": {"attention": 11_648, "feed_forward": 9_856, "projections": 2_816, "convolutions": 25_664},
+            "unet": {"attention": 11_648, "feed_forward": 9_856, "projections": 2_816, "convolutions": 4_224, LARGE: 21_440},
             "text_1": {"attention": 3_072, "feed_forward": 2_304},
         },
         native=128,
         activations={"base": 0.02, "attention": 0.004, "feed_forward": 0.005, "projections": 0.002, "convolutions": 0.004, "text_1": 0.001},
         checkpointed=0.008,
-        encoding=0.05,
-        decoding=0.06,
+        wide=1.34,
+        wide_checkpointed=1.18,
+        overhead=0.001,
+        vae=0.035,
     ),
-}
-FP32_ACTIVATIONS, FP32_CHECKPOINTED = 1.34, 1.18  # how much more is kept at 32 bits: norms and the adapters are so already
+}  # fmt: skip
 
 
 def lora_parameters(config: TrainConfig, table: str) -> int:
     """Numbers in the LoRA of a configuration. A rank above 320 is counted in full, though the smallest layers get less."""
-    parts = TABLES[table].per_rank
-    return config.adapter.rank * sum(
-        parts[part].get(kind, 0) for part in parts if getattr(config.part, part).train for kind in config.adapter.targets
-    )
+    kinds, adapter = list(config.adapter.targets), config.adapter
+    trained = [kinds_of for part, kinds_of in TABLES[table].per_rank.items() if getattr(config.part, part).train]
+    count = adapter.rank * sum(kinds_of.get(kind, 0) for kinds_of in trained for kind in kinds)
+    if "convolutions" in kinds:
+        count += (adapter.conv_rank or adapter.rank) * sum(kinds_of.get(LARGE, 0) for kinds_of in trained)
+    return count
 
 
 def lora_bytes(config: TrainConfig, table: str) -> int:
@@ -87,28 +173,41 @@ def checkpoint_bytes(config: TrainConfig, table: str) -> int:
     return lora_parameters(config, table) * 12
 
 
-def weights(table: str, dtype: str, parts: tuple[str, ...]) -> float:
-    """GiB of the frozen parts; the VAE stays in fp32."""
-    return sum(TABLES[table].parameters[p] * (4 if p == "vae" else BYTES[dtype]) for p in parts) / GIB
+def weights(table: str, dtype: str, parts: tuple[str, ...], t5: str = "auto") -> float:
+    """GiB of the frozen parts; the VAE stays in fp32, and T5 has 8 bits where `t5` says so."""
+    size = {"vae": 4, "text_3": 1 if t5 == "8bit" else BYTES[dtype]}
+    return sum(TABLES[table].parameters[p] * size.get(p, BYTES[dtype]) for p in parts) / GIB
 
 
-def peak(config: TrainConfig, table: str, *, pixels: int, dtype: str, rows: int, cpu: bool = False) -> float:
-    """Most GiB that a run holds at once, in the GPU or, with `cpu`, in the process.
+def stages(config: TrainConfig, table: str, *, pixels: int, dtype: str, rows: int, cpu: bool = False, t5: bool = False) -> dict[str, float]:
+    """Most GiB that a run holds at once in each of its stages, in the GPU or, with `cpu`, in the process.
+
+    `encoding` of images and captions, `training`, and `previews`, where sample images are made.
 
     Args:
-        pixels: of the largest bucket; rows: images of the largest batch; dtype: what the base is cast to.
+        pixels: of the largest bucket; rows: images of the largest batch; dtype: what the base is cast to; t5: SD3's T5 is used.
     """
     t, area = TABLES[table], pixels / TABLES[table].native ** 2
-    text = config.part.text_1.train
-    row = t.activations["base"] + sum(t.activations[k] for k in config.adapter.targets) + text * t.activations["text_1"]
+    trained = tuple(p for p in t.texts if getattr(config.part, p).train)
+    texts = (*t.texts, *(("text_3",) if t5 else ()))
+    everything = weights(table, dtype, ("unet", *texts, "vae"), config.model.t5)
+    row = t.activations["base"] + sum(t.activations.get(k, 0) for k in (*config.adapter.targets, *trained))
     wide = dtype == "fp32"
-    kept = t.checkpointed * (FP32_CHECKPOINTED if wide else 1) if config.train.checkpointing else row * (FP32_ACTIVATIONS if wide else 1)
-    at_once = -(-rows // config.train.accumulation)
+    kept = t.checkpointed * (t.wide_checkpointed if wide else 1) if config.train.checkpointing else row * (t.wide if wide else 1)
+    kept *= area * -(-rows // config.train.accumulation)
     state = lora_parameters(config, table) * 4 * MOMENTS / GIB
-    training = weights(table, dtype, ("unet", "text_1") if text or cpu else ("unet",)) + (weights(table, dtype, ("vae",)) if cpu else 0)
-    training += 0.1 * t.parameters["unet"] / TABLES["sd1"].parameters["unet"] + state + kept * area * at_once
-    pictures = t.decoding if config.preview.enabled else t.encoding
-    # Encoding goes a few images at a time up to the native size, so it grows with the side at first, and slowly above.
-    pictures *= area**0.5 if area <= 1 else 1 + 0.107 * (area - 1)
-    beside = weights(table, dtype, ("unet", "text_1", "vae")) + 0.09 * t.parameters["unet"] / TABLES["sd1"].parameters["unet"] + pictures
-    return max(training, beside) + (PROCESS if cpu else CONTEXT)
+    always = t.overhead + (PROCESS if cpu else CONTEXT)
+    found = {
+        # A few images at a time, up to a number of pixels; a larger image alone.
+        "encoding": everything + t.vae * ENCODING * max(ENCODED_AT_ONCE, pixels) + always,
+        "training": (everything if cpu else weights(table, dtype, ("unet", *trained))) + state + kept + always,
+    }
+    if config.preview.enabled:
+        size = (config.preview.width or pixels**0.5) * (config.preview.height or pixels**0.5)
+        found["previews"] = everything + state + t.vae * DECODING * max(DECODED_AT_ONCE, size) + always
+    return found
+
+
+def peak(config: TrainConfig, table: str, *, pixels: int, dtype: str, rows: int, cpu: bool = False, t5: bool = False) -> float:
+    """The most of all `stages`, in GiB."""
+    return max(stages(config, table, pixels=pixels, dtype=dtype, rows=rows, cpu=cpu, t5=t5).values())

@@ -15,7 +15,7 @@ from itertools import count
 from trainer import randomness
 from trainer.config import DataConfig, TrainConfig
 from trainer.data import captions
-from trainer.data.buckets import Placement, place
+from trainer.data.buckets import Placement, place, step_of
 from trainer.data.scan import Image, scan
 
 
@@ -59,14 +59,14 @@ class Plan:
         return dict(Counter(self.bucket(k) for k in range(len(self.images))).most_common())
 
 
-def make(config: TrainConfig, native_resolution: int) -> Plan:
-    """Scan the folders and lay out the run. `native_resolution` is the base's own side in pixels.
+def make(config: TrainConfig, native_resolution: int, family: str | None = None) -> Plan:
+    """Scan the folders and lay out the run. `native_resolution` is the base's own side in pixels, `family` its family.
 
-    Raises trainer.data.scan.DataError with every problem of the data at once.
+    Raises trainer.data.scan.DataError with every problem of the data at once, and ValueError for a bucket step that does not fit.
     """
-    found = scan(config.data)
     resolution = config.dataset.resolution or native_resolution
-    step = config.dataset.bucket_step or (64 if resolution >= 256 else 8)
+    step = step_of(resolution, config.dataset.bucket_step, family)
+    found = scan(config.data)
     warnings = list(found.warnings)
     kinds = [d.kind for d in config.data]
     groups = {k: [i for i in found.images if kinds[i.source] == k] for k in ("train", "validation")}
@@ -184,13 +184,18 @@ def _draw(config: TrainConfig, n: int, batch: Sequence[int], images: Sequence[Im
 
 
 def preview_prompts(config: TrainConfig, images: Sequence[Image]) -> tuple[str, ...]:
-    """The prompts of the sample images: the user's, or four made from the data.
+    """The prompts of the sample images: the user's, or four made from the data, each after the words of `preview.quality`.
 
     A training caption; the trigger in a new place; the trigger in another form; and one without the trigger, which shows
     what the LoRA does to everything else.
     """
     if config.preview.prompts:
         return config.preview.prompts
+    quality = config.preview.quality.strip().rstrip(",")
+    return tuple(f"{quality}, {text}" if quality else text for text in _made_prompts(config, images))
+
+
+def _made_prompts(config: TrainConfig, images: Sequence[Image]) -> tuple[str, ...]:
     source = config.data[images[0].source]
     subject = " ".join(w for w in (source.trigger, source.class_word) if w)
     first = max((i.caption for i in images), key=len)
@@ -255,10 +260,14 @@ def due(config: TrainConfig, total: int) -> Due:
     )
 
 
-def describe_schedule(config: TrainConfig) -> str:
+PARTS = {"unet": "UNet", "text_1": "text encoder", "text_2": "second text encoder"}
+DENOISERS = {"sd3": "transformer"}  # what the part `unet` is where it is none
+
+
+def describe_schedule(config: TrainConfig, family: str | None = None) -> str:
     """The learning rates over the run in words, such as `cosine from 1e-4 to 10 % after 2 % warm-up`."""
     schedule = config.schedule
-    names = {"unet": "UNet", "text_1": "text encoder"}
+    names = PARTS | {"unet": DENOISERS.get(family or "", PARTS["unet"])}
     rates = {
         names[name]: _rate(part.learning_rate) + (f" until {part.stop * 100:g} % of the run" if part.stop < 1 else "")
         for name, part in config.part

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from trainer.hardware import Hardware, choose
 from trainer.run_dir import Lock, RunDir, RunError, write_atomic, write_json
 
 # Two runs are the same for resuming when they differ in nothing but these: what is looked at, not what is learnt.
-TEXTS = {"title", "author", "description", "license"}
+TEXTS = {"title", "author", "description", "license", "thumbnail", "sidecars"}
 MAY_DIFFER = {"preview": True, "validation": True, "output": {"save_every", "checkpoint_every", "keep_checkpoints", *TEXTS}}
 
 
@@ -48,7 +48,7 @@ def prepare(config: TrainConfig, say: Callable[[str], None], resumed: bool = Fal
     family = sources.family_of(path, config.model.family)
     if config.adapter.start and not resumed:
         _check_start(config.adapter.start, family)
-    return Prepared(config, path, family, plan.make(config, families.get(family).native_resolution(path)))
+    return Prepared(config, path, family, plan.make(config, families.get(family).native_resolution(path, config.model.prediction), family))
 
 
 def train(
@@ -161,13 +161,13 @@ def _train(
         resolution=ready.plan.resolution,
         visits=now.config.train.visits,
         batch_size=config.train.batch_size,
-        schedule=plan.describe_schedule(config),
+        schedule=plan.describe_schedule(config, ready.family),
     )
 
     # 2. the base, frozen (these imports take seconds: only now)
     import torch
 
-    from trainer import adapters, checkpoints, families, optimizers, preview, validation
+    from trainer import adapters, bases, checkpoints, families, optimizers, preview, validation
     from trainer.data.store import Store
     from trainer.formats import kohya
     from trainer.formats.export import export
@@ -181,7 +181,10 @@ def _train(
     device = processes.device if processes.size > 1 else torch.device(hardware.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[hardware.dtype]
     family = families.get(ready.family)
-    models = family.load(ready.source, dtype, device, config.model.prediction, config.train.attention)
+    models = bases.load(ready.source, family, dtype, device, config.model, config.train.attention)
+    models.windows, models.weighted = config.dataset.text_windows, config.dataset.prompt_weights
+    for text in models.notes:
+        emit("warning", text=text)
     parts = {name: getattr(config.part, name) for name in family.parts}
     targets = {name: family.targets(models, name, config.adapter.targets) for name, part in parts.items() if part.train}
     trained = {name: parts[name] for name, paths in targets.items() if paths}
@@ -191,27 +194,35 @@ def _train(
             f"adapter.targets is {list(config.adapter.targets)}, which no part has that is trained to the end of the run. "
             "Add attention, or set that part's stop to 1."
         )
-    text_trains = any(name != "unet" for name in trained)
 
     # 3. latents and text, once
     emit("stage", name="encoding")
-    store = Store(config, ready.plan, family, models, text_trains)
+    store = Store(config, ready.plan, family, models, trained)
     for laid in plans:
         store.extend(laid)
-    measures = _measures(config, ready.plan, family, models, text_trains, validation) if config.validation.enabled else {}
-    models.park("vae", *(p for p in family.parts if p != "unet" and store.tokens is None))
+    if models.prediction == "unknown":
+        emit("warning", text=bases.measure(ready.source, family, models, store.some_latents()))
+    measures = _measures(config, ready.plan, family, models, trained, validation) if config.validation.enabled else {}
+    models.park("vae", *(p for p in models.text if p not in store.text.live))
 
     # 4. what is trained
     layers = kohya.layers(models.parts)
-    adapter = adapters.build(config.adapter, models.parts, {name: targets[name] for name in trained}, config.train.seed)
-    if config.adapter.start and not last:
-        _start(adapter, config.adapter.start)
+    wanted = {name: targets[name] for name in trained}
+    ranks = last and checkpoints.ranks(last[1])
+    deltas = None if last or not config.adapter.start else list(_read_start(config.adapter.start))
+    adapter = adapters.build(config.adapter, models.parts, wanted, config.train.seed, ranks or (deltas and adapters.ranks_of(deltas)))
+    if deltas is not None:
+        _start(adapter, config.adapter.start, deltas)
     adapter.train(True)
     for text in adapter.notes:
         emit("warning", text=text)
     if config.train.checkpointing:
         models.parts["unet"].enable_gradient_checkpointing()
-    groups = [{"params": adapter.parameters(name), "lr": trained[name].learning_rate, "part": name} for name in trained]
+    groups = [
+        {"params": params, "lr": trained[name].learning_rate * rate, "part": name}
+        for name in trained
+        for rate, params in adapter.groups(name)
+    ]
     optimizer = optimizers.build(config.optimizer, groups, device)
     reduce = processes.reduce if processes.size > 1 else None
     step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
@@ -245,20 +256,25 @@ def _train(
 
     def do_export(n: int, final: bool = False) -> None:
         if processes.main:
-            facts = _facts(now.config, ready, models, trained, n, started)
             target = run.lora(config.output.name, None if final else n)
+            deltas = list(adapter.deltas())
+            pictured = sorted(run.previews.glob("step-*-1.png"))
             done = export(
                 target,
-                adapter.deltas(),
+                deltas,
                 family=family.name,
                 naming=config.output.naming,
                 dtype=config.output.dtype,
-                facts=facts,
+                facts=_facts(now.config, ready, models, trained, deltas, n, started),
                 layers=layers,
+                picture=pictured[-1] if pictured else None,
+                thumbnail=config.output.thumbnail,
+                sidecars=config.output.sidecars,
             )
             for note in done.notes:
                 emit("warning", text=note)
-            emit("exported", step=n, file=target.name, bytes=done.bytes, modules=done.modules, final=final)
+            more = {"also": [path.name for path in done.also], "tools": list(done.vouched)}
+            emit("exported", step=n, file=target.name, bytes=done.bytes, modules=done.modules, final=final, **more)
 
     def do_change(n: int, change: dict[str, Any]) -> None:
         said = now.change(n, **change)
@@ -282,16 +298,20 @@ def _train(
         do_checkpoint(n)
     if outcome == "finished" and processes.main:
         _keep_earlier(run, config.output.name, n, emit)
+    shown = outcome == "finished" and config.preview.enabled
+    if shown and (config.output.thumbnail or "png" in config.output.sidecars):
+        do_preview(n)
+        shown = False
     do_export(n, final=outcome == "finished")
     if outcome == "finished":
         do_validate(n)
-        if config.preview.enabled:
+        if shown:
             do_preview(n)
     processes.barrier()
     return outcome, n
 
 
-def _measures(config: TrainConfig, laid: plan.Plan, family: Any, models: Any, text_trains: bool, validation: Any) -> dict[str, Any]:
+def _measures(config: TrainConfig, laid: plan.Plan, family: Any, models: Any, trained: Container[str], validation: Any) -> dict[str, Any]:
     """The fixed losses of a run: over training images (evenly chosen when there are many) and over the held-out ones."""
     out = {}
     for kind, images, placements in (("train", laid.images, laid.placements), ("held_out", laid.held_out, laid.held_out_placements)):
@@ -306,12 +326,14 @@ def _measures(config: TrainConfig, laid: plan.Plan, family: Any, models: Any, te
                 background=config.dataset.background,
                 draws=config.validation.draws,
                 seed=config.train.seed,
-                text_trains=text_trains,
+                trained=trained,
             )
     return out
 
 
-def _facts(config: TrainConfig, ready: Prepared, models: Any, trained: dict[str, Any], steps: int, started: float) -> Any:
+def _facts(
+    config: TrainConfig, ready: Prepared, models: Any, trained: dict[str, Any], deltas: list[Any], steps: int, started: float
+) -> Any:
     """What the exported file's metadata says of the run."""
     from trainer.formats.metadata import Facts, Folder
 
@@ -322,9 +344,13 @@ def _facts(config: TrainConfig, ready: Prepared, models: Any, trained: dict[str,
     ]
     return Facts(
         base=config.model.source if ready.source != sources.DEMO else "LoRA Atelier demo base",
-        rank=config.adapter.rank,
+        rank=max(len(d.tensors["down"]) for d in deltas) if config.adapter.start else config.adapter.rank,
         alpha=config.adapter.alpha,
         prediction=models.prediction,
+        zero_terminal_snr=models.scheduler.get("rescale_betas_zero_snr"),
+        clip_skip=models.clip_skip if models.clip_skip > 1 else None,
+        conv_rank=config.adapter.conv_rank if "convolutions" in config.adapter.targets else None,
+        conv_alpha=config.adapter.conv_alpha if "convolutions" in config.adapter.targets else None,
         learning_rates={name: part.learning_rate for name, part in trained.items()},
         steps=steps,
         batch_size=config.train.batch_size,
@@ -356,12 +382,20 @@ def _check_start(path: Path, family: str) -> None:
         raise ValueError(f"adapter.start is {path}, which is {found.what}; the base is {family}. Give a LoRA that was trained for it.")
 
 
-def _start(adapter: Any, path: Path) -> None:
-    """Give a fresh adapter the effect of the LoRA file at `path`. Raises ValueError where it does not fit."""
+def _read_start(path: Path) -> Any:
+    """The layers of the LoRA file at `path`. Raises ValueError for one that cannot be read as a plain LoRA."""
     from trainer.tools.inspect import read_lora
 
     try:
-        adapter.start(read_lora(path)[1])
+        return read_lora(path)[1]
+    except ValueError as error:
+        raise ValueError(f"adapter.start is {path}: {error}") from None
+
+
+def _start(adapter: Any, path: Path, deltas: Any) -> None:
+    """Give a fresh adapter the effect of the `deltas` of a LoRA file. Raises ValueError where they do not fit."""
+    try:
+        adapter.start(deltas)
     except ValueError as error:
         raise ValueError(f"adapter.start is {path}: {error}") from None
 
@@ -372,10 +406,15 @@ def _keep_earlier(run: RunDir, name: str, step: int, emit: Callable[..., Any]) -
     kept = run.lora(name, ends[-1]["step"]) if ends else None
     if kept is None or kept.exists() or not run.lora(name).exists():
         return
-    for source in (run.lora(name), run.lora(name).with_suffix(".json")):
+    ended = run.lora(name)
+    also = []
+    for source in (ended, *(ended.with_name(file) for file in ends[-1].get("also", [f"{name}.json"]))):
         if source.exists():
-            write_atomic(kept.with_suffix(source.suffix), source.read_bytes(), "the LoRA of the earlier end")
-    emit("exported", step=ends[-1]["step"], file=kept.name, bytes=kept.stat().st_size, modules=ends[-1]["modules"], final=False)
+            target = source.with_name(kept.stem + source.name.removeprefix(ended.stem))
+            write_atomic(target, source.read_bytes(), "the LoRA of the earlier end")
+            also.append(target.name)
+    size, modules = kept.stat().st_size, ends[-1]["modules"]
+    emit("exported", step=ends[-1]["step"], file=kept.name, also=also[1:], bytes=size, modules=modules, final=False)
 
 
 def _keep_awake(stack: contextlib.ExitStack) -> None:

@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,11 @@ def disk_full(path: Path, what: str, size: int | None = None) -> RunError:
     )
 
 
-def write_atomic(path: Path, data: bytes | str, what: str = "a file") -> None:
-    """Write `data` so that `path` holds either all of it or what stood there before. Raises RunError when the disk is full."""
+def write_atomic(path: Path, data: bytes | str, what: str = "a file", verify: Callable[[Path], None] | None = None) -> None:
+    """Write `data` so that `path` holds either all of it or what stood there before. Raises RunError when the disk is full.
+
+    `verify` is given the new file while it still lies beside `path`; where it raises, nothing is changed.
+    """
     raw = data.encode() if isinstance(data, str) else data
     temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -93,12 +97,15 @@ def write_atomic(path: Path, data: bytes | str, what: str = "a file") -> None:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
+        if verify:
+            verify(temp)
         replace(temp, path)
     except OSError as error:
-        temp.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(path, what, len(raw)) from None
         raise
+    finally:
+        temp.unlink(missing_ok=True)
 
 
 def replace(source: Path, target: Path) -> None:
@@ -126,9 +133,9 @@ class Lock:
     def acquire(self) -> None:
         """Take the lock and write process.json. Raises RunError when another process holds it."""
         self.file = self.run.lock.open("a+b")
-        deadline = time.monotonic() + 1  # someone who looks whether the run is alive holds it for a moment
+        deadline = time.monotonic() + 1  # someone who looks whether the run is alive shares it for a moment
         while not (taken := _try_lock(self.file)) and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.01)
         if not taken:
             self.file.close()
             self.file = None
@@ -142,17 +149,19 @@ class Lock:
 
 
 def is_alive(run: RunDir) -> bool:
-    """Whether a trainer holds the run's lock now."""
-    if not run.lock.exists():
+    """Whether a trainer holds the run's lock now. Any number may look at once; the file is neither made nor changed."""
+    try:
+        file = run.lock.open("rb")
+    except FileNotFoundError:
         return False
-    with run.lock.open("a+b") as file:
-        return not _try_lock(file)
+    with file:
+        return not _try_lock(file, shared=True)
 
 
 if os.name == "nt":
     import msvcrt
 
-    def _try_lock(file: Any) -> bool:
+    def _try_lock(file: Any, shared: bool = False) -> bool:  # Windows' C library knows no shared lock
         try:
             file.seek(0)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -163,9 +172,9 @@ if os.name == "nt":
 else:
     import fcntl
 
-    def _try_lock(file: Any) -> bool:
+    def _try_lock(file: Any, shared: bool = False) -> bool:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             return False
         return True

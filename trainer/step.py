@@ -6,7 +6,7 @@ processes, clips, and lets the optimizer step. Everything drawn comes from one g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
@@ -14,24 +14,30 @@ import torch
 from trainer import optimizers, randomness
 from trainer.adapters import Adapter
 from trainer.config import TrainConfig
-from trainer.families import Cond, Family, Models
+from trainer.families import Cond, Family, Models, States
+from trainer.families.clip import Tokens
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one bucket. `mean`, `std`: (B, C, h, w) of the latents; `cond` or `tokens` (B, T); `weight` (B,) in the loss."""
+    """Rows of one bucket.
+
+    `mean`, `std`: (B, C, h, w) of the latents; `weight` (B,) in the loss; `text`: for each text encoder its states, or the tokens that
+    it is to read at each step; `size`: (B, 6) of families that are told the image's size.
+    """
 
     mean: torch.Tensor
     std: torch.Tensor
     weight: torch.Tensor
-    cond: Cond | None
-    tokens: torch.Tensor | None
+    text: dict[str, States | Tokens]
+    size: torch.Tensor | None = None
 
     def rows(self, index: torch.Tensor, valid: torch.Tensor) -> Batch:
         """Rows `index`, those that are not `valid` (an empty slot of a process) with weight 0."""
         take = [x.index_select(0, index) for x in (self.mean, self.std)]
-        tokens = None if self.tokens is None else self.tokens.index_select(0, index)
-        return Batch(*take, self.weight.index_select(0, index) * valid, self.cond and self.cond.rows(index), tokens)
+        text = {part: told.rows(index) for part, told in self.text.items()}
+        size = None if self.size is None else self.size.index_select(0, index)
+        return Batch(*take, self.weight.index_select(0, index) * valid, text, size)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,20 @@ class Draws:
 
     def rows(self, index: torch.Tensor) -> Draws:
         return Draws(*(x.index_select(0, index) for x in (self.posterior, self.noise, self.t)))
+
+
+def condition(
+    family: Family, models: Models, text: dict[str, States | Tokens], size: torch.Tensor | None, active: Container[str] = ()
+) -> Cond:
+    """What the denoiser is told: states as they are, tokens read by their encoder now, with gradients for the parts that are `active`."""
+    states = {}
+    for part, told in text.items():
+        if isinstance(told, States):
+            states[part] = told
+        else:
+            with torch.set_grad_enabled(part in active):
+                states[part] = family.encode_text(models, part, told)
+    return family.condition(models, states, size)
 
 
 class LossScale:
@@ -92,7 +112,8 @@ class Step:
         self.scale = LossScale(models.device) if fp16 else None
         self.loss = torch.zeros((), device=models.device)  # of the current step, then of all steps since it was read
         self.total = torch.zeros((), device=models.device)
-        self.peak = {group["part"]: float(group["lr"]) for group in optimizer.param_groups}
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self.peak = {part: max(r for r, g in zip(self.peaks, optimizer.param_groups, strict=True) if g["part"] == part) for part in stops}
         self.buffers = {p: torch.zeros_like(p) for part in stops for p in adapter.parameters(part)}
 
     def active(self, n: int) -> list[str]:
@@ -114,7 +135,7 @@ class Step:
         noise = torch.randn(shape, generator=g, device=device)
         if self.config.loss.noise_offset:
             noise = noise + self.config.loss.noise_offset * torch.randn((*shape[:2], 1, 1), generator=g, device=device)
-        return Draws(posterior, noise, self.family.timesteps(self.models, shape[0], g))
+        return Draws(posterior, noise, self.family.timesteps(self.models, shape[0], g, self.config.loss))
 
     def grads(self, n: int, batch: Batch, draws: Draws, total_weight: torch.Tensor, dropout_key: str = "") -> None:
         """Add the gradient of sum(weight * loss) / `total_weight` over these rows."""
@@ -122,10 +143,7 @@ class Step:
         models, family = self.models, self.family
         latents = batch.mean + batch.std * draws.posterior
         noisy, target = family.process(models, latents, draws.noise, draws.t)
-        cond = batch.cond
-        if cond is None:
-            with torch.set_grad_enabled(any(p != "unet" for p in self.active(n))):
-                cond = family.encode_text(models, batch.tokens)
+        cond = condition(family, models, batch.text, batch.size, self.active(n))
         error = (family.predict(models, noisy, draws.t, cond) - target).square().mean((1, 2, 3))
         weight = batch.weight * family.weight(models, draws.t, self.config.loss.min_snr_gamma)
         loss = (error * weight).sum() / total_weight
@@ -144,8 +162,8 @@ class Step:
         norm = torch.nn.utils.get_total_norm(grads) if limit or self.scale else None
         if limit:
             torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
-        for group in self.optimizer.param_groups:
-            optimizers.set_rate(group, self.peak[group["part"]] * factor)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            optimizers.set_rate(group, peak * factor)
         if self.scale:
             self._step_if_finite(params, torch.isfinite(norm))
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 
@@ -10,8 +10,9 @@ from trainer import randomness
 from trainer.adapters import Adapter
 from trainer.data.buckets import Placement
 from trainer.data.scan import Image
-from trainer.data.store import encode_images
-from trainer.families import Cond, Family, Models
+from trainer.data.store import Texts, encode_images
+from trainer.families import Family, Models
+from trainer.step import condition
 
 BATCH_PIXELS = 512 * 512 * 4
 
@@ -21,7 +22,7 @@ class FixedLoss:
 
     Args:
         images, placements: what is measured, with captions as they stand (nothing shuffled or dropped).
-        draws: noise draws for each image.
+        draws: noise draws for each image; trained: the text encoders that may carry an adapter: they read anew at each measurement.
     """
 
     def __init__(
@@ -34,14 +35,14 @@ class FixedLoss:
         background: str,
         draws: int,
         seed: int,
-        text_trains: bool,
+        trained: Container[str],
     ) -> None:
         self.family, self.models = family, models
         count = len(images) * draws
         order = randomness.host(seed, 0, "validation").sample(range(count), count)
-        length = len(models.alphas_cumprod)
         generator = torch.Generator().manual_seed(randomness.key(seed, 0, "validation"))
         moments = encode_images(family, models, images, placements, background)
+        self.text = Texts(family, models, [i.caption for i in images], trained)
         groups: dict[tuple[int, int], list[int]] = {}
         for k, p in enumerate(placements):
             groups.setdefault((p.width, p.height), []).append(k)
@@ -52,23 +53,21 @@ class FixedLoss:
                 chunk = rows[at : at + max(1, BATCH_PIXELS // (w * h))]
                 latents = torch.stack([moments[k, False][0] for k, _ in chunk])
                 noise = torch.randn(latents.shape, generator=generator).to(models.device)
-                t = torch.tensor([int((order[k * draws + d] + 0.5) / count * length) for k, d in chunk], device=models.device)
-                tokens = family.tokenize(models, [images[k].caption for k, _ in chunk]).to(models.device)
-                cond = None
-                if not text_trains:
-                    with torch.no_grad(), models.borrow(*(p for p in family.parts if p != "unet")):
-                        cond = family.encode_text(models, tokens)
-                self.batches.append((latents, noise, t, tokens, cond))
+                t = family.spread(models, [(order[k * draws + d] + 0.5) / count for k, d in chunk])
+                captions = [k for k, _ in chunk]
+                sizes = [family.size((images[k].width, images[k].height), placements[k], False) for k in captions]
+                told = None if None in sizes else torch.tensor(sizes, device=models.device)
+                self.batches.append((latents, noise, t, torch.tensor(captions, device=models.device), captions, told))
 
     @torch.no_grad()
     def measure(self, adapter: Adapter) -> float:
         """The loss with the adapter as it is now, its dropout off."""
         adapter.train(False)
         total, count = 0.0, 0
-        for latents, noise, t, tokens, cond in self.batches:
+        for latents, noise, t, index, captions, size in self.batches:
             noisy, target = self.family.process(self.models, latents, noise, t)
-            told: Cond = cond or self.family.encode_text(self.models, tokens)
-            total += float((self.family.predict(self.models, noisy, t, told) - target).square().mean((1, 2, 3)).sum())
+            cond = condition(self.family, self.models, self.text.rows(index, captions), size)
+            total += float((self.family.predict(self.models, noisy, t, cond) - target).square().mean((1, 2, 3)).sum())
             count += len(latents)
         adapter.train(True)
         return total / count

@@ -23,7 +23,7 @@ from app.datasets import Dataset
 from app.errors import Problem
 from app.paths import Home
 from trainer.data.scan import inspect
-from trainer.formats.probe import FormatError, native_resolution
+from trainer.formats.probe import FormatError
 
 router = APIRouter()
 
@@ -95,10 +95,8 @@ def items(home: Home, data: Dataset) -> list[dict[str, Any]]:
 def _native(home: Home, kept: dict[str, Any]) -> int:
     """Side in pixels of the square that the chosen model was made for; 512 where none is chosen or it does not say."""
     model, _ = models.glance(home, kept["model"], kept["example"])
-    if not model or model["kind"] == "hub":
-        return 512
     try:
-        return native_resolution(models.DEMO if kept["model"] == "demo" else Path(model["source"]).expanduser())
+        return models.resolution(model, str(kept["changes"].get("model.prediction", "auto")))
     except FormatError:  # the model's own section says so
         return 512
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -133,7 +134,12 @@ def told(context: Context, run: Run) -> dict[str, Any]:
 
 @router.get("/runs")
 def list_runs(request: Request) -> Response:
-    return JSONResponse(overview(of(request)))
+    answer = JSONResponse(overview(of(request)))
+    headers = {"etag": f'"{hashlib.sha256(answer.body).hexdigest()[:24]}"', "cache-control": "no-cache"}
+    if headers["etag"] in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    answer.headers.update(headers)
+    return answer
 
 
 @router.get("/runs/{id}")

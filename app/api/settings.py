@@ -85,7 +85,7 @@ def change(request: Request, changes: Annotated[dict[str, Any], Body()]) -> dict
     if token is not None and not isinstance(token, str):
         raise Problem("token must be text.", errors={"token": "must be text"})
     if changes:
-        settings.save(home, changes)
+        settings.save(home, settings.check_folders(home, changes))
     if token is not None:
         set_token(token.strip())
     return view(home)

@@ -94,8 +94,8 @@ export function advancedDrawer(page) {
     none.hidden = shown > 0 || !sections.length;
     none.textContent = changedOnly && !words.length ? "Everything is as the preset has it." : `No setting${changedOnly ? " that was changed" : ""} matches “${search.value}”.`;
   }
-  const applies = (spec, view) => (!spec.families || !view.model?.family || spec.families.includes(view.model.family))
-    && Object.entries(spec.when ?? {}).every(([key, values]) => values.includes(view.values[key]));
+  const applies = (spec, view) => (!spec.families || spec.families.includes(view.family))
+    && Object.entries(spec.when ?? {}).every(([key, values]) => [view.values[key]].flat().some((v) => values.includes(v)));
 
   build();
   return drawer;

@@ -148,8 +148,9 @@ export function captionsSection(page) {
   const more = button("", () => { all = !all; draw(); }, { kind: "quiet", id: "all-captions" });
   const keys = h("p", { class: "la-help nl-keys" }, "Saved as you type. ", h("kbd", {}, "Ctrl"), " ", h("kbd", {}, "Enter"), " goes to the next picture.");
   const beside = button("Write them beside the originals", async () => {
+    if (!(await draft.flush())) return void toast("The captions are not saved yet, since the server does not answer. Press again when it is back.", "bad");
     const n = present().filter((i) => i.linked && i.has_caption).length;
-    if (!(await ask("Write the captions into your folder?", `${plural(n, "caption")} become .txt files beside the pictures that are used in place. What stands there now is copied first.`, [["Cancel", false, "quiet"], ["Write them", true, "primary"]]))) return;
+    if (!(await ask("Write the captions into your folder?", `${n === 1 ? "One caption becomes a .txt file" : n + " captions become .txt files"} beside the pictures that are used in place. What stands there now is copied first.`, [["Cancel", false, "quiet"], ["Write them", true, "primary"]]))) return;
     await draft.flush();
     const done = await attempt(() => post("/images/write-back"));
     if (!done) return;

@@ -214,9 +214,13 @@ export async function copy(text, said = "Copied.") {
   toast(said, "good");
 }
 
-/** The page's own style sheet, once. */
-export function style(name) {
-  if (!document.querySelector(`link[href="/static/${name}.css"]`)) document.head.append(h("link", { rel: "stylesheet", href: `/static/${name}.css` }));
+/** The style sheets of a part, in this order, each once. Resolves when they are there (or cannot be had): a page is built after its
+ *  styles, so that nothing jumps while it opens. */
+export function style(...names) {
+  return Promise.all(names.map((name) => new Promise((done) => {
+    if (document.querySelector(`link[href="/static/${name}.css"]`)) return done();
+    document.head.append(h("link", { rel: "stylesheet", href: `/static/${name}.css`, on: { load: done, error: done } }));
+  })));
 }
 
 export const STATES = { waiting: "Waiting", starting: "Starting", running: "Running", finished: "Finished", stopped: "Stopped", failed: "Failed", interrupted: "Interrupted" };

@@ -1,7 +1,7 @@
 // The head of every page: name, pages, and one line on what is running.
 import { get, h, fill, poll, duration, STATES } from "/static/core.js";
 
-const PAGES = [["/", "New LoRA"], ["/runs", "Runs"], ["/results", "Results"], ["/settings", "Settings"]];
+const PAGES = [["/", "New LoRA"], ["/runs", "Runs"], ["/results", "Results"], ["/tools", "Tools"], ["/settings", "Settings"]];
 
 export function mount(root) {
   const here = location.pathname.replace(/\/+$/, "") || "/";

@@ -12,6 +12,8 @@ export function modelsSection(page) {
   const more = button("", () => { all = !all; read(); }, { kind: "link" });
   more.classList.add("la-small");
   const chosen = h("div", { class: "nl-chosen", id: "model-chosen", role: "status", hidden: true });
+  const kind = field("Words of the model", h("select", { id: "model-variant", on: { change: () => draft.patch({ variant: kind.control.value }, true) } }));
+  const facts = h("p", { class: "la-small la-muted", id: "model-facts", hidden: true });
   const folders = h("ul", { class: "la-list la-small nl-folders" });
   const where = h("details", { class: "nl-where" }, h("summary", {}, "Where models are looked for"), folders,
     h("div", { class: "la-row la-small" }, button("Look again", () => attempt(async () => { show(await post("/models/rescan")); again(); }), { kind: "link" }), h("a", { href: "/settings" }, "Add a folder in the settings")));
@@ -60,6 +62,25 @@ export function modelsSection(page) {
     fill(chosen, view.model_error || (m && [!listed && [h("b", {}, "Chosen: " + m.name), ` – ${words(m)}. `], m.toy
       ? "The built-in example: a toy that knows nothing but small drawn shapes, made to try everything out in minutes. Choose a model of your own for real pictures."
       : m.warning && sentence(m.warning)]));
+    details();
+  }
+
+  /** What the model's files say of it, and which words for quality it knows, where models of its family differ in them. */
+  function details() {
+    const view = draft.view, m = view.model, known = m?.trainable && !m.toy;
+    facts.hidden = !(known && m.facts?.length);
+    facts.textContent = known ? `${m.title}: ${m.facts.join(", ")}.` : "";
+    const own = known ? view.variants : [];
+    kind.node.hidden = !own.length;
+    if (!own.length) return;
+    const byName = own.find(([name]) => name === m.words);
+    const options = [["", `By its name: ${byName ? byName[1] : "no words of its own"}`], ["none", "No words of its own"], ...own];
+    if (kind.control.dataset.of !== JSON.stringify(options)) {
+      kind.control.dataset.of = JSON.stringify(options);
+      fill(kind.control, options.map(([value, title]) => h("option", { value }, title)));
+    }
+    if (!draft.unsaved("variant")) kind.control.value = view.draft.variant;
+    kind.help(own.find(([name]) => name === view.variant)?.[2] ?? "Sample prompts are made of your own words alone.");
   }
 
   function row(first) {
@@ -87,7 +108,7 @@ export function modelsSection(page) {
     try {
       const m = await post("/models/check", { source });
       checked.hidden = false;
-      fill(checked, h("p", {}, h("b", {}, m.name), " – ", words(m) + ".", m.download_gb ? ` A download of ${m.download_gb} GB, once.` : "", m.license ? ` Licence: ${m.license}.` : "", m.warning ? " " + sentence(m.warning) : ""),
+      fill(checked, h("p", {}, h("b", {}, m.name), " – ", words(m) + ".", m.facts?.length ? ` ${sentence(m.facts.join(", "))}` : "", m.download_gb ? ` A download of ${m.download_gb} GB, once.` : "", m.license ? ` Licence: ${m.license}.` : "", m.warning ? " " + sentence(m.warning) : ""),
         m.trainable && button(m.download_gb ? "Use it, download when training starts" : "Use this model", () => { draft.patch({ model: m.source }, true); checked.hidden = true; other.control.value = ""; }, { id: "model-use" }));
       if (!m.trainable) other.error(sentence(m.what) + " It cannot be trained on.");
     } catch (error) {
@@ -102,7 +123,7 @@ export function modelsSection(page) {
   page.places.model = page.places["model.source"] = () => { search.scrollIntoView({ block: "center" }); search.focus(); };
   draft.on("view", draw);
   read();
-  return [search, list, h("div", { class: "la-row la-between" }, status, more), chosen,
+  return [search, list, h("div", { class: "la-row la-between" }, status, more), chosen, facts, kind.node,
     h("div", { class: "nl-path" }, other.node, checkButton), checked, where];
 }
 

@@ -9,8 +9,7 @@ import { startSection } from "/static/start.js";
 import { advancedDrawer } from "/static/advanced.js";
 
 export async function mount(root) {
-  style("new_lora");
-  style("images");
+  await style("new_lora", "images");
   const draft = openDraft();
   const notice = h("p", { class: "la-loading", role: "status" }, "Loading …");
   fill(root, h("div", { id: "la-main", class: "la-main nl" }, notice));

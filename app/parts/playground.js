@@ -14,7 +14,7 @@ export function playground() {
   const prompt = h("textarea", { rows: 3 }), negative = h("textarea", { rows: 2 }), file = h("select", {});
   const seed = number(1, { min: 0, max: 4294967295, step: 1 }), steps = number(20, { min: 1, max: 200, step: 1 }), guidance = number(7, { min: 1, max: 30, step: 0.5 });
   const width = number("", { min: 64, max: 2048, step: 8, placeholder: "the model's" }), height = number("", { min: 64, max: 2048, step: 8, placeholder: "the model's" });
-  const strength = h("input", { type: "range", min: 0, max: 1.5, step: 0.05, value: 0.8 }), strengthSays = h("output", { class: "la-num la-play-strength" });
+  const strength = h("input", { type: "range", min: 0, max: 1.5, step: 0.05, value: 0.8 }), strengthSays = h("span", { class: "la-num la-play-strength", "aria-hidden": "true" });
   const showStrength = () => { strengthSays.textContent = (+strength.value).toFixed(2); strength.setAttribute("aria-valuetext", strengthSays.textContent); };
   strength.addEventListener("input", showStrength);
   showStrength();

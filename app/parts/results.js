@@ -7,9 +7,8 @@ import { copyToFolder, download, fileList, metadataView } from "/static/results_
 
 const WORKING = ["waiting", "starting", "running"];
 
-export function mount(root) {
-  style("runs");
-  style("results");
+export async function mount(root) {
+  await style("runs", "results");
   let id = query("run"), runs = null, results = null, drawn = "", prompt = 0;
 
   const choose = h("select", { "aria-label": "Run", on: { change() { show(choose.value); } } });

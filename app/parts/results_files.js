@@ -34,28 +34,30 @@ export function fileList(changed) {
   const node = h("section", { class: "la-section", "aria-label": "Files" }, h("div", { class: "la-row la-between" }, h("h2", { class: "la-h2" }, "Files"),
     button("Open the folder", () => attempt(() => post(`/runs/${encodeURIComponent(id)}/open`)), { kind: "quiet" })),
     h("div", { class: "la-scroll" }, h("table", { class: "la-table la-files" }, h("thead", {}, h("tr", {}, ["File", "Step", "Size", ""].map((t) => h("th", { scope: "col" }, t || h("span", { class: "la-sr" }, "Actions"))))), body)), line);
-  let id = "", drawn = "";
+  let id = "", drawn = "", files = [];
 
   async function keep(file) {
     const path = `/runs/${encodeURIComponent(id)}/keep`;
     const found = await attempt(() => post(path, { file, confirm: false }));
     if (!found) return;
+    const size = megabytes(files.reduce((sum, f) => sum + (found.delete.includes(f.file) ? f.bytes : 0), 0));
     const yes = await ask(`Keep ${file}, delete the others?`, [
-      h("p", {}, `${plural(found.delete.length, "file")} with ${found.mb} MB in all are deleted for good:`), h("ul", { class: "la-gone la-mono" }, found.delete.map((name) => h("li", {}, name))),
+      h("p", {}, `${plural(found.delete.length, "file")} with ${size} in all are deleted for good:`), h("ul", { class: "la-gone la-mono" }, found.delete.map((name) => h("li", {}, name))),
       h("p", {}, "Copies in your LoRA folder stay. The run can still be trained further.")], [["Cancel", false], [`Delete ${plural(found.delete.length, "file")}`, true, "danger"]]);
     if (!yes) return;
-    if ((await attempt(() => post(path, { file, confirm: true }))) !== undefined) { toast(`${plural(found.delete.length, "file")} deleted, ${found.mb} MB freed.`, "good"); changed(); }
+    if ((await attempt(() => post(path, { file, confirm: true }))) !== undefined) { toast(`${plural(found.delete.length, "file")} deleted, ${size} freed.`, "good"); changed(); }
   }
   return { node, show(run, results) {
     const now = run + JSON.stringify([results.files, results.lora_folder]);
     if (now === drawn) return;
     drawn = now;
-    id = run;
+    [id, files] = [run, results.files];
     fill(body, results.files.map((f) => h("tr", { class: f.recommended ? "la-marked" : "", data: { file: f.file } },
       h("td", {}, h("span", { class: "la-mono" }, f.file), " ", f.recommended && h("span", { class: "la-badge la-badge-good" }, "Recommended"), f.final && !f.recommended && h("span", { class: "la-badge" }, "Last")),
       h("td", { class: "la-num" }, String(f.step)), h("td", { class: "la-num la-nowrap" }, megabytes(f.bytes)),
       h("td", {}, h("div", { class: "la-row la-file-tools" },
         h("a", { class: "la-btn la-btn-small", href: address(run, f.file), download: f.file, "aria-label": "Download " + f.file }, "Download"),
+        f.second && h("a", { class: "la-btn la-btn-small", href: address(run, f.second), download: f.second, title: "The same LoRA under the names that diffusers reads", "aria-label": "Download " + f.second }, "Download for diffusers"),
         button("Copy to my LoRA folder", () => copyToFolder(run, f.file, results.lora_folder, changed), { class: "la-btn la-btn-small", "aria-label": `Copy ${f.file} to my LoRA folder` }),
         results.files.length > 1 && button("Keep this one, delete the others", () => keep(f.file), { class: "la-btn la-btn-small la-btn-quiet", "aria-label": `Keep ${f.file}, delete the others` }))))));
     fill(line, results.lora_folder ? [`My LoRA folder: ${results.lora_folder} `, button("Change", async () => { if (await chooseFolder(results.lora_folder, "Use this folder")) changed(); }, { kind: "link" })] : []);

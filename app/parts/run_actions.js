@@ -75,7 +75,7 @@ export function runActions({ path, changed, gone, open, exports, previews }) {
     return can;
   }
 
-  return {
+  const actions = {
     node,
     show(next) {
       run = next;
@@ -94,6 +94,7 @@ export function runActions({ path, changed, gone, open, exports, previews }) {
       }
     },
   };
+  return actions;
 
   async function duplicate() {
     const answer = await send("duplicate", {}, "A copy waits at the end of the queue.");
@@ -116,8 +117,7 @@ export function runActions({ path, changed, gone, open, exports, previews }) {
     if ((await Notification.requestPermission()) !== "granted") return void toast("The browser does not allow notifications for this page; allow them beside the address.", "bad");
     localStorage.setItem("la-notify", "1");
     toast("The browser tells you when a run ends or fails, while one of these pages is open.", "good");
-    changed();
-    shown = "";
+    actions.show(run);  // its button has done its work
   }
 
   /** The New LoRA page with this run's settings and images. */

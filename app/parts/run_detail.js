@@ -7,7 +7,7 @@ import { put, STAGES } from "/static/run_list.js";
 import { configuration, logTail } from "/static/run_log.js";
 
 const LIVE = ["starting", "running"];
-const PARTS = { unet: "UNet", text_1: "Text encoder" };
+const PARTS = { unet: "UNet", text_1: "Text encoder", text_2: "Second text encoder" };
 const PENDING = {
   stop: "Stop is asked: it ends after this step, with a state from which it can be resumed.",
   save: "Save is asked: the LoRA is written after this step.",

@@ -3,8 +3,8 @@ import { address, fill, get, h, poll, query, style } from "/static/core.js";
 import { runDetail } from "/static/run_detail.js";
 import { runList } from "/static/run_list.js";
 
-export function mount(root) {
-  style("runs");
+export async function mount(root) {
+  await style("runs");
   const narrow = matchMedia("(max-width: 860px)");
   let shown = null, detail = null, first = true;
 

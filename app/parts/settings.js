@@ -12,7 +12,7 @@ export async function mount(root) {
     control.value = write(settings[key]);
     control.dataset.key = key;
     const f = field(label, control, { help });
-    control.addEventListener("change", () => save(key, read(control.value), f));
+    control.addEventListener("change", async () => { if (await save(key, read(control.value), f)) control.value = write(settings[key]); });
     return f.node;
   }
   async function save(key, value, f = null) {

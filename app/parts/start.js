@@ -30,7 +30,7 @@ export function startSection(page) {
     changedLine.hidden = !n;
     changed.textContent = `${plural(n, "setting")} changed by hand, see Advanced.`;
   }
-  const facts = (f) => [["rank", String(f.rank)], ["alpha", String(f.alpha)], ["rate", f.unet ? rate(f.unet) : "off"], ["text encoder", f.text_1 ? rate(f.text_1) : "off"], ["each picture", f.visits + " times"]];
+  const facts = (f) => [["rank", String(f.rank)], ["alpha", String(f.alpha)], ["rate", f.unet ? rate(f.unet) : "off"], ["text_2" in f ? "text encoders" : "text encoder", f.text_1 || f.text_2 ? [f.text_1, f.text_2].filter(Boolean).map(rate).join(", ") : "off"], ["each picture", f.visits + " times"]];
 
   // The line and the list
 

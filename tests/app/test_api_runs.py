@@ -220,6 +220,19 @@ def test_the_queue_can_be_ordered_edited_copied_and_emptied(client, context, set
     assert context.runner.jobs.list() == []
 
 
+def test_the_list_is_sent_again_only_when_something_changed(client, context, settings, busy):
+    a = start(client, settings, queue=True)
+    first = client.get("/api/runs")
+    same = client.get("/api/runs", headers={"if-none-match": first.headers["etag"]})
+    assert same.status_code == 304 and same.content == b"" and same.headers["etag"] == first.headers["etag"]
+    b = start(client, settings, queue=True)
+    second = client.get("/api/runs", headers={"if-none-match": first.headers["etag"]})
+    assert second.status_code == 200 and second.json()["queue"] == [a, b]
+    client.post(f"/api/runs/{b}/move", json={"to": 0})
+    third = client.get("/api/runs", headers={"if-none-match": second.headers["etag"]})
+    assert third.status_code == 200 and third.json()["queue"] == [b, a]
+
+
 def test_a_copy_has_its_own_images(client, context, settings, busy, pictures):
     a = start(client, settings, queue=True)
     folder = context.home.runs / a

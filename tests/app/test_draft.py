@@ -223,7 +223,7 @@ def test_the_text_is_the_same_configuration_for_the_command_line(client, home, r
     path.write_text(client.get("/api/draft/toml").json()["text"], encoding="utf-8")
     config, errors = draft.check(home, now)
     assert errors == {} and load(path).model_copy(update={"output": config.output}) == config
-    assert load(path).output.author == 'J\\"' and "# alpha = 16.0" in path.read_text()
+    assert load(path).output.author == 'J\\"' and "# alpha = 16" in path.read_text()
 
 
 def test_a_text_comes_back_as_it_was(client, home, ready):
@@ -325,3 +325,127 @@ def test_every_value_survives_toml():
 def test_flat_and_nested_are_one():
     nested = {"a": {"b": 1, "c": {"d": [1]}}, "e": ""}
     assert draft.nest(dict(draft.flatten(nested))) == nested
+
+
+# ---- families
+
+
+@pytest.fixture
+def large(home, tmp_path) -> dict[str, Path]:
+    """A file of each family, by its header."""
+    from tests.app.test_models import CLIPS, SD1, SD2, SD35, SDXL, write
+
+    files = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL, "sd3": SD35 | CLIPS, "noobai": SDXL, "pony": SDXL}
+    return {name: write(tmp_path / "models" / f"{name}.safetensors", tensors) for name, tensors in files.items()}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3"])
+def test_each_family_has_its_own_presets(client, home, ready, large, family):
+    view = client.patch("/api/draft", json={"model": str(large[family])}).json()
+    assert (view["family"], view["model"]["family"], view["model_error"], view["errors"]) == (family, family, "", {})
+    assert [p["name"] for p in view["presets"]] == ["quick", "balanced", "thorough"]
+    facts = view["presets"][1]["facts"]
+    assert ("text_2" in facts) == (family in ("sdxl", "sd3")) and facts["unet"] == 1e-4
+    assert (facts["text_1"] is None) == (family in ("sdxl", "sd3"))
+    config, errors = draft.check(home, draft.load(home))
+    assert errors == {} and config == load(
+        preset=f"{family}/balanced",
+        values={k: v for k, v in draft.compose(home, draft.load(home)).items() if k in ("model", "data", "output")},
+    )
+
+
+def test_a_setting_of_another_family_waits_until_a_model_has_it(client, home, ready, large):
+    changes = {"model.clip_skip": 2, "part.text_2.train": True, "loss.shift": 2.0, "loss.min_snr_gamma": 3.0}
+    for family, kept in (("sd1", (2, False, None, 3.0)), ("sdxl", (1, True, None, 3.0)), ("sd3", (1, True, 2.0, 5.0))):
+        view = client.patch("/api/draft", json={"model": str(large[family]), "changes": changes}).json()
+        assert view["draft"]["changes"] == changes and view["errors"] == {}
+        c, _ = draft.check(home, view["draft"])
+        assert (c.model.clip_skip, c.part.text_2.train, c.loss.shift, c.loss.min_snr_gamma) == kept
+        text = client.get("/api/draft/toml").json()["text"]
+        assert ("clip_skip" in text) == (family == "sd1") and ("[part.text_2]" in text) == (family != "sd1")
+
+
+def test_models_with_words_of_their_own(client, home, ready, large):
+    def now(**changes):
+        view = client.patch("/api/draft", json=changes).json()
+        config, errors = draft.check(home, draft.load(home))
+        assert errors == {}
+        return view, config.preview
+
+    view, preview = now(model=str(large["noobai"]))
+    assert (view["draft"]["variant"], view["variant"]) == ("", "anime") and preview.quality == "masterpiece, best quality"
+    assert [name for name, _, _ in view["variants"]] == ["anime", "pony"] and all(title and why for _, title, why in view["variants"])
+    assert view["preset_values"]["preview.quality"] == preview.quality and preview.guidance == 5.0 and view["draft"]["changes"] == {}
+    view, preview = now(variant="pony")
+    assert view["variant"] == "pony" and preview.quality.startswith("score_9") and preview.negative == ""
+    view, preview = now(variant="none")
+    assert view["variant"] == "" and preview.quality == "" and preview.guidance == 6.0
+    view, preview = now(model=str(large["pony"]))  # another model: by its name again
+    assert (view["draft"]["variant"], view["variant"]) == ("", "pony")
+    view, preview = now(model=str(large["sd1"]))
+    assert (view["variants"], view["variant"], preview.quality) == ([], "", "")
+    answer = client.patch("/api/draft", json={"variant": "anime"})
+    assert answer.status_code == 400 and "variant is 'anime'" in answer.json()["error"]
+
+
+def test_a_styles_preset_has_fewer_visits(client, home, ready, large, tmp_path):
+    view = client.patch("/api/draft", json={"model": str(large["noobai"]), "purpose": "style"}).json()
+    assert view["values"]["train.visits"] == 67 and [p["facts"]["visits"] for p in view["presets"]] == [33, 67, 133]
+    text = client.get("/api/draft/toml").json()["text"]
+    assert 'preset = "sdxl/balanced+anime+style"' in text
+    path = tmp_path / "draft.toml"
+    path.write_text(text, encoding="utf-8")
+    assert load(path).train.visits == 67 and load(path).preview.quality == "masterpiece, best quality"
+    client.patch("/api/draft", json={"purpose": "object", "variant": "none", "preset": "quick"})
+    back = client.put("/api/draft/toml", json={"text": text}).json()
+    now = back["draft"]
+    assert (now["purpose"], now["variant"], now["preset"], now["changes"]) == ("style", "", "balanced", {})
+
+
+def test_what_has_no_control_is_kept_with_the_draft(client, home, ready, large):
+    text = client.get("/api/draft/toml").json()["text"]
+    text += '\n[[model.merge]]\nfile = "/loras/detail.safetensors"\nstrength = 0.5\n\n[adapter.blocks."unet.mid_block"]\nrank = 4\n'
+    view = client.put("/api/draft/toml", json={"text": text}).json()
+    merges, blocks = [{"file": "/loras/detail.safetensors", "strength": 0.5}], {"unet.mid_block": {"rank": 4}}
+    assert view["draft"]["changes"] == {"model.merge": merges, "adapter.blocks": blocks} and view["errors"] == {}
+    config, _ = draft.check(home, draft.load(home))
+    assert config.model.merge[0].strength == 0.5 and config.adapter.blocks["unet.mid_block"].rank == 4
+    again = client.put("/api/draft/toml", json={"text": client.get("/api/draft/toml").json()["text"]}).json()
+    assert again["draft"]["changes"] == view["draft"]["changes"]
+    assert "configuration file" in client.patch("/api/draft", json={"changes": {"model.merge": merges}}).json()["error"]
+    assert client.patch("/api/draft", json={"changes": {"model.merge": None}}).json()["draft"]["changes"] == {"adapter.blocks": blocks}
+
+
+def test_sentences_on_the_page_have_labels(client, ready):
+    view = client.patch("/api/draft", json={"changes": {"adapter.alpha": 0, "dataset.resolution": 500}}).json()
+    assert view["errors"]["adapter.alpha"].startswith("Alpha is 0;") and view["errors"]["dataset.resolution"].startswith(
+        "Resolution is 500;"
+    )
+    assert "adapter.alpha is 0" in client.put("/api/draft/toml", json={"text": "[adapter]\nalpha = 0"}).json()["error"]  # as in the text
+
+
+def test_a_draft_of_an_earlier_version_is_kept(home):
+    before = draft.update(home, name="My Cat")
+    del before["variant"]
+    home.draft.write_text(json.dumps(before))
+    assert draft.load(home) == before | {"variant": ""} and not (home.root / "draft.damaged.json").exists()
+
+
+@pytest.mark.parametrize("name", ["my pictures", "", "..", "."])
+def test_the_page_opens_where_the_data_set_was_renamed(client, home, ready, name):
+    (home.datasets / name / "images").mkdir(parents=True, exist_ok=True)
+    home.draft.write_text(json.dumps(ready | {"dataset": name}))
+    answer = client.get("/api/draft")
+    assert answer.status_code == 200 and answer.json()["draft"]["name"] == "My Cat" and answer.json()["draft"]["dataset"] != name
+
+
+@pytest.mark.parametrize("gone", ["images", "dataset", "datasets", "everything but the draft"])
+def test_the_page_opens_where_the_data_set_is_gone(client, home, ready, gone):
+    data = home.datasets / ready["dataset"]
+    shutil.rmtree({"images": data / "images", "dataset": data, "datasets": home.datasets}.get(gone, home.datasets))
+    if gone.startswith("everything"):
+        shutil.rmtree(home.cache)
+    answer = client.get("/api/draft")
+    assert answer.status_code == 200, answer.json()
+    assert answer.json()["draft"]["name"] == "My Cat" and answer.json()["images"] == 0
+    assert client.get("/api/draft").json()["draft"] == answer.json()["draft"]

@@ -43,7 +43,7 @@ def reasons(found) -> dict[str, str]:
 
 def accepted(found) -> None:
     """Every change names a shown field and has a value that the configuration takes."""
-    assert found.changes.keys() <= set(forms.shown()) and set(found.carried) == set(found.changes) | set(found.fields)
+    assert found.changes.keys() <= {*forms.shown(), *forms.KEPT} and set(found.carried) == set(found.changes) | set(found.fields)
     validate({"data": [{"folder": "."}]} | draft.nest(found.changes))
 
 
@@ -53,16 +53,16 @@ def test_kohyas_page():
     assert found.origin == "kohya_ss"
     assert found.changes == {
         "adapter.targets": ["attention", "feed_forward", "projections"], "adapter.rank": 32, "adapter.alpha": 16.0,
-        "part.unet.learning_rate": 2e-4, "part.text_1.learning_rate": 5e-5, "optimizer.kind": "adamw8bit", "optimizer.weight_decay": 0.1,
+        "part.unet.learning_rate": 2e-4, "part.text_1.learning_rate": 5e-5, "part.text_1.train": True, "optimizer.kind": "adamw8bit", "optimizer.weight_decay": 0.1,
         "train.batch_size": 6, "train.accumulation": 2, "train.visits": 10, "schedule.kind": "cosine", "schedule.floor": 0.0,
         "schedule.warmup": 0.1, "loss.min_snr_gamma": 5.0, "loss.noise_offset": 0.05, "dataset.caption_dropout": 0.05, "dataset.keep_tags": 1,
         "dataset.shuffle_tags": True, "dataset.flip": False, "dataset.resolution": 576, "dataset.bucket_step": 64, "train.checkpointing": True,
-        "train.seed": 1234, "train.dtype": "bf16", "output.dtype": "fp16", "train.max_grad_norm": "",
+        "train.seed": 1234, "train.dtype": "bf16", "output.dtype": "fp16", "train.max_grad_norm": "", "dataset.text_windows": 1, "model.clip_skip": 2,
     }  # fmt: skip
     assert found.fields == {"name": "my_cat", "model": "/models/v1-5.safetensors"}
     assert found.carried["adapter.rank"] == "network_dim = 32" and "gradient_accumulation_steps = 2" in found.carried["train.batch_size"]
     why = reasons(found)
-    assert why["cache_latents"] == "always done here" and "text encoder's last layer" in why["clip_skip"]
+    assert why["cache_latents"] == "always done here" and "clip_skip" not in why
     assert {"scale_weight_norms", "repeats", "train_data_dir", "xformers"} <= why.keys()
     assert not why.keys() & {"v2", "color_aug", "full_fp16", "max_data_loader_n_workers", "conv_dim", "stop_text_encoder_training"}
 
@@ -96,7 +96,18 @@ def test_steps_become_visits_by_the_images():
         ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": "4"}, {"schedule.kind": "cosine_restarts", "schedule.restarts": 4}),
         ({"lr_scheduler": "constant"}, {"schedule.kind": "constant", "schedule.warmup": 0.0}),
         ({"LoRA_type": "Kohya LoCon", "conv_dim": 32}, {"adapter.targets": ["attention", "feed_forward", "projections", "convolutions"]}),
+        ({"LoRA_type": "Kohya LoCon", "conv_dim": 8, "conv_alpha": 4}, {"adapter.conv_rank": 8, "adapter.conv_alpha": 4.0}),
         ({"v_parameterization": True}, {"model.prediction": "v_prediction"}),
+        ({"v2": True, "v_parameterization": True}, {"model.family": "sd2", "model.prediction": "v_prediction", "model.clip_skip": None}),
+        ({"sdxl": True, "zero_terminal_snr": True}, {"model.family": "sdxl", "model.zero_terminal_snr": True, "part.text_2.learning_rate": 5e-5}),
+        ({"sdxl": True, "text_encoder_lr": [1e-5, 2e-5]}, {"part.text_1.learning_rate": 1e-5, "part.text_2.learning_rate": 1e-5}),
+        ({"sdxl": True, "text_encoder_lr": 0}, {"part.text_1.train": False, "part.text_2.train": False}),
+        ({"sdxl": True, "text_encoder_lr": "", "learning_rate_te1": 1e-5, "learning_rate_te2": 0}, {"part.text_1.learning_rate": 1e-5, "part.text_2.train": False}),
+        ({"sdxl": True, "network_train_unet_only": True}, {"part.text_1.train": False, "part.text_2.train": False, "part.text_2.learning_rate": None}),
+        ({"max_token_length": "225", "weighted_captions": True}, {"dataset.text_windows": 3, "dataset.prompt_weights": True}),
+        ({"sd3_checkbox": True, "text_encoder_lr": [1e-5, 2e-5, 0]}, {"model.family": "sd3", "part.text_2.learning_rate": 2e-5}),
+        ({"sd3_checkbox": True, "weighting_scheme": "logit_normal", "logit_mean": 0.0, "logit_std": 1.5, "training_shift": 2, "clip_l": "/e/clip_l.safetensors", "clip_g": "/e/clip_g.safetensors"},
+         {"loss.timesteps": "logit_normal", "loss.logit_mean": 0.0, "loss.logit_std": 1.5, "loss.shift": 2.0, "model.text_encoders": "/e"}),
         ({"mixed_precision": "no"}, {"train.dtype": "fp32"}),
         ({"sample_prompts": "a cat --n bad --w 512\n# no\nmycat --d 1"}, {"preview.prompts": ["a cat", "mycat"]}),
         ({"save_every_n_steps": 200}, {"output.save_every": 200}),
@@ -114,7 +125,13 @@ def test_kohyas_values_mean_the_same_here(change, expected):
         ({"LoRA_type": "LyCORIS/LoHa"}, "LoRA_type", "only plain LoRA"),
         ({"optimizer": "Lion"}, "optimizer", "is not there"),
         ({"lr_scheduler": "polynomial"}, "lr_scheduler", "is not there"),
-        ({"LoRA_type": "Kohya LoCon", "conv_dim": 8}, "conv_dim", "one rank"),
+        ({"max_token_length": 300}, "max_token_length", "windows of 75"),
+        ({"sdxl": True}, "clip_skip", "only SD 1.5"),
+        ({"block_dims": "1,2,3"}, "block_dims", "no list of as many numbers"),
+        ({"down_lr_weight": "cosine"}, "down_lr_weight", "no list of as many numbers"),
+        ({"conv_block_dims": "1,2,3"}, "conv_block_dims", "one rank for all of its layers"),
+        ({"flux1_checkbox": True}, "flux1_checkbox", "Flux"),
+        ({"sd3_checkbox": True, "weighting_scheme": "mode"}, "weighting_scheme", "logit_normal and uniform"),
         ({"multires_noise_iterations": 6}, "multires_noise_iterations", "only noise offset"),
         ({"sample_prompts": "/x/prompts.txt"}, "sample_prompts", "is a file"),
         ({"lr_warmup_steps": 100}, "lr_warmup_steps", "share of the run"),
@@ -125,6 +142,41 @@ def test_kohyas_values_mean_the_same_here(change, expected):
 )
 def test_what_is_not_carried_over_is_listed_with_the_reason(change, key, why):
     assert why in reasons(read(GUI | change))[key]
+
+
+def test_numbers_of_blocks_are_those_of_the_blocks_that_carry_a_lora():
+    dims = ",".join(str(n) for n in range(25))
+    blocks = read(GUI | {"block_dims": dims, "mid_lr_weight": "0.5", "up_lr_weight": ",".join(["1"] * 11 + ["0"])}).changes[
+        "adapter.blocks"
+    ]
+    assert blocks["unet.down_blocks.0.attentions.0"] == {"rank": 1} and blocks["unet.down_blocks.2.attentions.1"] == {"rank": 8}
+    assert blocks["unet.mid_block.attentions"] == {"rank": 12, "rate": 0.5}
+    assert blocks["unet.up_blocks.1.attentions.0"] == {"rank": 16} and blocks["unet.up_blocks.3.attentions.2"] == {"rank": 0}
+    assert len(blocks) == 16 and not any("resnets" in name for name in blocks)
+    large = GUI | {"sdxl": True, "LoRA_type": "Kohya LoCon", "conv_dim": 4, "down_lr_weight": "1,1,1,1,0.5,1,1,1,1"}
+    assert read(large).changes["adapter.blocks"] == {
+        "unet.down_blocks.1.attentions.0": {"rate": 0.5},
+        "unet.down_blocks.1.resnets.0": {"rate": 0.5},
+    }
+
+
+@pytest.mark.parametrize("change, family", [({}, "sd1"), ({"sdxl": True}, "sdxl")])
+def test_every_block_that_is_named_is_one_of_the_model(change, family):
+    """The names are held against the real UNet's modules: all of them carry layers, and together they are all that a LoCon changes."""
+    from trainer.config.load import ROOT
+    from trainer.families import get
+    from trainer.families.common import targets
+    from trainer.formats import single_file
+
+    count = 23 if change else 25
+    locon = GUI | change | {"LoRA_type": "Kohya LoCon", "conv_dim": 4, "block_dims": ",".join(["7"] * count)}
+    found = read(locon)
+    accepted(found)
+    model = single_file.blank(ROOT / "assets" / "models" / family, ["unet"])["unet"]
+    layers = targets(model, get(family).unet_targets, found.changes["adapter.targets"])
+    for block in found.changes["adapter.blocks"]:
+        assert any(f"unet.{layer}".startswith(f"{block}.") for layer in layers), block
+    assert all(any(f"unet.{layer}".startswith(f"{block}.") for block in found.changes["adapter.blocks"]) for layer in layers)
 
 
 def test_sd_scripts_toml():
@@ -154,6 +206,7 @@ def test_sd_scripts_toml():
     assert found.origin == "sd-scripts" and found.fields["model"] == "runwayml/stable-diffusion-v1-5"
     c = found.changes
     assert (c["adapter.rank"], c["adapter.alpha"], c["part.unet.learning_rate"], c["part.text_1.train"]) == (8, 4.0, 3e-4, False)
+    assert (c["adapter.conv_rank"], c["adapter.conv_alpha"]) == (8, 1.0)  # alpha's default there
     assert "convolutions" in c["adapter.targets"] and "part.text_1.learning_rate" not in c
     assert (c["optimizer.beta2"], c["optimizer.weight_decay"], c["schedule.warmup"]) == (0.95, 0.02, 0.05)
     assert (c["dataset.resolution"], c["train.visits"], c["train.batch_size"]) == (768, 4, 2)
@@ -216,6 +269,29 @@ def test_one_trainer():
     assert {"ema", "masked_training", "concepts", "unheard_of"} <= why.keys() and not why.keys() & {"vae", "lora_rank", "peft_type"}
 
 
+def test_one_trainers_large_families():
+    table = {"train": True, "learning_rate": 1e-5, "stop_training_after": 10, "stop_training_after_unit": "EPOCH"}
+    found = read(NEW | {"model_type": "STABLE_DIFFUSION_XL_10_BASE", "text_encoder_2": table, "rescale_noise_scheduler_to_zero_terminal_snr": True,
+                        "force_v_prediction": True})  # fmt: skip
+    accepted(found)
+    c = found.changes
+    assert (c["model.family"], c["part.text_2.learning_rate"], c["part.text_2.stop"]) == ("sdxl", 1e-5, 0.2)
+    assert (
+        c["model.zero_terminal_snr"] is True
+        and c["model.prediction"] == "v_prediction"
+        and "part.text_2.learning_rate" not in read(NEW).changes
+    )
+    flow = {"timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.5, "noising_weight": 0.2, "timestep_shift": 3.0}
+    found = read(NEW | flow | {"model_type": "STABLE_DIFFUSION_35", "transformer": {"train": True, "learning_rate": 2e-4}, "text_encoder": {"train": False},
+                               "text_encoder_2": {"train": False}})  # fmt: skip
+    accepted(found)
+    c = found.changes
+    assert (c["model.family"], c["part.unet.learning_rate"], c["part.text_1.train"], c["part.text_2.train"]) == ("sd3", 2e-4, False, False)
+    assert (c["loss.timesteps"], c["loss.logit_mean"], c["loss.logit_std"], c["loss.shift"]) == ("logit_normal", 0.5, 1.2, 3.0)
+    assert read(NEW | {"text_encoder_layer_skip": 1}).changes["model.clip_skip"] == 2
+    assert "is not there" in reasons(read(NEW | {"model_type": "FLUX_DEV_1"}))["model_type"]
+
+
 def test_one_trainers_old_files():
     found = read(OLD)
     accepted(found)
@@ -260,6 +336,24 @@ def test_an_import_lands_in_the_draft(client):
         "/api/draft/import", json={"name": "x.json", "text": json.dumps(GUI | {"network_dim": 5000, "output_name": "other"})}
     ).json()
     assert "adapter.rank" in answer["errors"] and answer["draft"]["name"] == "my_cat"
+
+
+def test_settings_of_another_family_are_compared_with_its_own_preset(client):
+    """Of kohya's SDXL values those that equal the SD1 preset's, as both text encoders on, must not be lost."""
+    answer = client.post(
+        "/api/draft/import", json={"name": "x.json", "text": json.dumps(GUI | {"sdxl": True, "network_dim": 8, "network_alpha": 8})}
+    ).json()
+    assert answer["errors"] == {} and answer["family"] == "sdxl"
+    assert (
+        answer["values"]["part.text_1.train"] is True
+        and answer["values"]["part.text_2.train"] is True
+        and answer["values"]["adapter.rank"] == 8
+    )
+    text = client.get("/api/draft/toml").json()["text"]
+    assert (
+        'preset = "sdxl/quick"' in text
+        and client.put("/api/draft/toml", json={"text": text}).json()["draft"]["changes"] == answer["draft"]["changes"]
+    )
 
 
 def test_our_own_configuration_comes_back_without_its_folder(client):

@@ -69,8 +69,36 @@ def test_what_a_field_waits_for_is_a_field_with_that_value():
         for other, allowed in when.items():
             choices = {c for c, _ in FIELDS[other].get("choices", [])} | ({True, False} if FIELDS[other]["kind"] == "boolean" else set())
             assert set(allowed) <= choices, key
-    assert forms.applies("optimizer.eps", {"optimizer.kind": "adamw"}) and not forms.applies("optimizer.eps", {"optimizer.kind": "prodigy"})
-    assert forms.applies("optimizer.beta1", {"optimizer.kind": "prodigy"}) and forms.applies("adapter.rank", {"adapter.kind": "lora"})
+    assert forms.applies("optimizer.eps", {"optimizer.kind": "adamw"}, "sd1")
+    assert not forms.applies("optimizer.eps", {"optimizer.kind": "prodigy"}, "sd1")
+    assert forms.applies("optimizer.beta1", {"optimizer.kind": "prodigy"}, "sd3") and forms.applies(
+        "adapter.rank", {"adapter.kind": "lora"}, "sd1"
+    )
+
+
+SHOWN = {
+    # for each family, the fields that not all have
+    "sd1": {"model.clip_skip", "model.prediction", "model.zero_terminal_snr", "loss.min_snr_gamma", "loss.noise_offset", "adapter.conv_rank", "adapter.conv_alpha"},
+    "sd2": {"model.prediction", "model.zero_terminal_snr", "loss.min_snr_gamma", "loss.noise_offset", "adapter.conv_rank", "adapter.conv_alpha"},
+    "sdxl": {"model.prediction", "model.zero_terminal_snr", "loss.min_snr_gamma", "loss.noise_offset", "adapter.conv_rank", "adapter.conv_alpha",
+             "part.text_2.train", "part.text_2.learning_rate", "part.text_2.stop"},
+    "sd3": {"model.text_encoders", "model.t5", "loss.timesteps", "loss.logit_mean", "loss.logit_std", "loss.shift",
+            "part.text_2.train", "part.text_2.learning_rate", "part.text_2.stop"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SHOWN)
+def test_only_what_applies_to_the_family_is_shown(family):
+    assert forms.families() == tuple(SHOWN)
+    special = {key for key, f in FIELDS.items() if f["families"]}
+    assert special == set().union(*SHOWN.values())
+    assert {key for key in special if family in FIELDS[key]["families"]} == SHOWN[family]
+    assert {key for key in FIELDS if forms.applies(key, {}, family)} & special == SHOWN[family]
+
+
+def test_sentences_have_labels_and_not_names():
+    said = forms.in_words("adapter.alpha is 0; lower dataset.bucket_step. Not my.adapter.rank, adapter.ranks or adapter.")
+    assert said == "Alpha is 0; lower Bucket step. Not my.adapter.rank, adapter.ranks or adapter."
 
 
 def test_bounds_are_those_of_the_configuration():
@@ -100,6 +128,7 @@ PLAN = {
     "schedule.kind": ("linear", {}), "schedule.warmup": (0.5, {}), "schedule.floor": (0.5, {}),
     "schedule.restarts": (5, {"schedule.kind": "cosine_restarts"}),
     "preview.every": (7, {"preview.enabled": True}), "preview.enabled": (True, {}), "preview.prompts": (["a zorp"], {}),
+    "preview.quality": ("masterpiece", {}),
     "validation.every": (7, {"validation.enabled": True}), "validation.enabled": (True, {"validation.every": 7}),
     "output.save_every": (7, {}), "output.checkpoint_every": (7, {}),
 }  # fmt: skip
@@ -111,6 +140,7 @@ WEIGHTS = {
     "optimizer.beta1": (0.5, {}), "optimizer.beta2": (0.5, {}), "optimizer.eps": (1.0, {}), "optimizer.weight_decay": (5.0, {}),
     "loss.min_snr_gamma": (None, {}), "loss.noise_offset": (1.0, {}),
     "train.max_grad_norm": (1e-6, {"optimizer.eps": 1e-3}), "train.accumulation": (4, {}), "train.dtype": ("bf16", {}),
+    "adapter.conv_rank": (2, {"adapter.targets": ["convolutions"]}), "adapter.conv_alpha": (2.0, {"adapter.targets": ["convolutions"]}),
     "dataset.background": ("#000000", {}), "model.prediction": ("v_prediction", {}),
 }  # fmt: skip
 # What shows in the file's header, in the sample images, or in an event:
@@ -128,6 +158,21 @@ EVENTS = {"validation.images": (1, {"validation.enabled": True}), "validation.dr
 ELSEWHERE = {
     "model.family": "tests/trainer/test_sources.py::test_the_family_is_read_from_the_files",
     "adapter.start": "tests/trainer/test_start.py::test_training_starts_from_exactly_what_the_file_does",
+    "model.zero_terminal_snr": "tests/trainer/test_families.py::test_zero_terminal_snr",
+    "model.clip_skip": "tests/trainer/test_families.py::test_clip_skip",
+    "model.text_encoders": "tests/trainer/test_load.py::test_sd3_takes_its_text_encoders_from_a_folder",
+    "model.t5": "tests/trainer/test_load.py::test_t5_in_8_bits",
+    "dataset.text_windows": "tests/trainer/test_families.py::test_text_windows",
+    "dataset.prompt_weights": "tests/trainer/test_families.py::test_prompt_weights",
+    "part.text_2.train": "tests/trainer/test_families.py::test_text_2",
+    "part.text_2.learning_rate": "tests/trainer/test_families.py::test_text_2",
+    "part.text_2.stop": "tests/trainer/test_families.py::test_text_2",
+    "loss.timesteps": "tests/trainer/test_families.py::test_timesteps",
+    "loss.logit_mean": "tests/trainer/test_families.py::test_timesteps",
+    "loss.logit_std": "tests/trainer/test_families.py::test_timesteps",
+    "loss.shift": "tests/trainer/test_families.py::test_shift",
+    "output.thumbnail": "tests/trainer/test_families.py::test_pictures_of_a_lora_on_request",
+    "output.sidecars": "tests/trainer/test_families.py::test_pictures_of_a_lora_on_request",
     "optimizer.kind": "tests/trainer/test_optimizers.py::test_it_lowers_a_loss_and_resumes_to_the_last_bit",
     "optimizer.d_coef": "tests/trainer/test_optimizers.py::test_options_reach_the_optimizer",
     "train.checkpointing": "tests/trainer/test_options.py::test_checkpointing_is_really_on",

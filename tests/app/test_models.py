@@ -22,14 +22,27 @@ SD1 = {
     "model.diffusion_model.input_blocks.0.0.weight": [1, 4],
     "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": [1, 768],
 }
-SDXL = {k.replace("cond_stage_model.transformer", "conditioner.embedders.1.model"): v for k, v in SD1.items()}
+LDM = "model.diffusion_model."
+SD2 = {k.replace("cond_stage_model.transformer", "cond_stage_model.model"): v for k, v in SD1.items()}
+SDXL = {k.replace("cond_stage_model.transformer", "conditioner.embedders.1.model"): v for k, v in SD1.items()} | {
+    "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": [768]
+}
+INPAINTING = SDXL | {LDM + "input_blocks.0.0.weight": [1, 9]}
+SD3 = {
+    "first_stage_model.encoder.conv_in.weight": [1, 1],
+    LDM + "joint_blocks.0.x_block.attn.qkv.weight": [3, 1],
+    LDM + "x_embedder.proj.weight": [1, 16],
+}
+CLIPS = {"text_encoders.clip_l.transformer.x": [1, 1], "text_encoders.clip_g.transformer.x": [1, 1]}
+T5 = {"text_encoders.t5xxl.transformer.x": [1, 1]}
+SD35 = SD3 | {LDM + "joint_blocks.0.x_block.attn.ln_q.weight": [1], LDM + "joint_blocks.0.x_block.attn2.qkv.weight": [3, 1]}
 LORA = {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": [4, 768]}
 
 
-def write(path: Path, tensors: dict[str, list[int]]) -> Path:
+def write(path: Path, tensors: dict[str, list[int]], metadata: dict[str, str] | None = None) -> Path:
     """A safetensors file of zeros with these shapes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header, end = {}, 0
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
     for key, shape in tensors.items():
         size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
         header[key] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
@@ -125,7 +138,7 @@ def test_the_hub_cache_and_the_users_own_folders(home, tmp_path, look):
 def test_what_cannot_be_trained_is_named_when_asked_for(tmp_path, look):
     folder = tmp_path / "user/ComfyUI/models/checkpoints"
     write(folder / "good.safetensors", SD1)
-    write(folder / "xl.safetensors", SDXL)
+    write(folder / "fill.safetensors", INPAINTING)
     write(folder / "lora.safetensors", LORA)
     (folder / "old.ckpt").write_bytes(b"PK\x03\x04whatever")
     (folder / "cut.safetensors").write_bytes(b"\x10")
@@ -133,7 +146,7 @@ def test_what_cannot_be_trained_is_named_when_asked_for(tmp_path, look):
     assert [m["name"] for m in found["models"]] == ["good"] and found["hidden"] == 4
     named = {m["name"]: m for m in look(everything=True)["models"]}
     assert named.pop("good")["trainable"] and not any(m["trainable"] for m in named.values())
-    assert (named["xl"]["kind"], named["xl"]["title"]) == ("sdxl", TITLES["sdxl"])
+    assert (named["fill"]["kind"], named["fill"]["title"]) == ("inpainting", TITLES["sdxl"])
     assert "a LoRA for" in named["lora"]["what"] and "pickle" in named["old"]["what"] and named["cut"]["kind"] == "damaged"
 
 
@@ -165,7 +178,9 @@ def test_a_file_is_read_once_and_again_when_it_changes(home, machine, tmp_path, 
     assert look()["models"][0]["source"] == str(file)
     monkeypatch.undo()
     write(file, SDXL)
-    assert look()["models"] == [] and look(everything=True)["models"][0]["kind"] == "sdxl"
+    assert look()["models"][0]["kind"] == "sdxl"
+    write(file, INPAINTING)
+    assert look()["models"] == [] and look(everything=True)["models"][0]["kind"] == "inpainting"
     file.unlink()
     assert look(everything=True)["models"] == []
 
@@ -190,9 +205,55 @@ def test_a_path_is_checked(home, machine, tmp_path):
     assert models.check(home, str(models.DEMO))["toy"]
     folder = diffusers(tmp_path / "my model")
     assert models.check(home, str(folder)) | {"size_gb": 0} == {
-        "source": str(folder), "name": "my model", "where": "", "kind": "sd1", "family": "sd1", "title": TITLES["sd1"],
+        "source": str(folder), "name": "my model", "where": "", "kind": "sd1", "family": "sd1", "variant": None, "title": TITLES["sd1"],
         "what": f"a diffusers folder of {TITLES['sd1']}", "size_gb": 0, "trainable": True, "warning": "", "toy": False,
+        "prediction": "epsilon", "zero_snr": False, "words": "", "text_encoders": None, "tokenizer_3": False,
+        "facts": ["predicts noise (epsilon)"],
     }  # fmt: skip
+
+
+V = {"v_pred": [1], "ztsnr": [1]}
+FILES = {
+    # name -> (tensors, metadata, what of MODEL it shows, side in pixels)
+    "sd2": (SD2, {}, {"kind": "sd2", "title": TITLES["sd2"], "prediction": None}, 768),
+    "sd2 epsilon": (SD2, {"modelspec.prediction_type": "epsilon"}, {"kind": "sd2", "prediction": "epsilon"}, 512),
+    "juggernaut": (SDXL, {}, {"kind": "sdxl", "title": TITLES["sdxl"], "words": "", "text_encoders": None}, 1024),
+    "noobaiXLNAIXL_vPred10": (SDXL | V, {}, {"prediction": "v_prediction", "zero_snr": True, "words": "anime"}, 1024),
+    "waiIllustrious_v14": (SDXL, {}, {"words": "anime"}, 1024),
+    "ponyDiffusionV6XL": (SDXL, {}, {"words": "pony"}, 1024),
+    "mymerge": (SDXL, {"modelspec.title": "My Illustrious-XL merge"}, {"words": "anime"}, 1024),
+    "hawaii_pictures": (SDXL, {}, {"words": ""}, 1024),
+    "illustrious for sd1": (SD1, {}, {"words": ""}, 512),
+    "sd3.5 medium": (SD35 | CLIPS | T5, {}, {"variant": "sd35_medium", "title": TITLES["sd35_medium"], "prediction": "flow"}, 1024),
+    "sd3 medium": (SD3 | CLIPS, {}, {"variant": "sd3_medium", "text_encoders": ["text_encoder", "text_encoder_2"]}, 1024),
+    "sd3 without": (SD35, {}, {"text_encoders": [], "facts": ["flow matching", "without its text encoders"]}, 1024),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_each_family_is_told_and_what_its_file_says_of_it(name, home, machine, tmp_path):
+    models.scanner(home, machine)
+    tensors, metadata, shown, side = FILES[name]
+    found = models.check(home, str(write(tmp_path / f"{name}.safetensors", tensors, metadata)))
+    assert found["trainable"] and {k: found[k] for k in shown} == shown
+    assert models.resolution(found) == side and found["facts"] and all(isinstance(f, str) for f in found["facts"])
+    if found["family"] == "sd2":
+        assert (models.resolution(found, "epsilon"), models.resolution(found, "v_prediction")) == (512, 768)
+
+
+def test_t5_is_used_where_it_and_its_tokenizer_are_there(home, machine, tmp_path):
+    models.scanner(home, machine)
+    whole = models.check(home, str(write(tmp_path / "whole.safetensors", SD35 | CLIPS | T5)))
+    without = models.check(home, str(write(tmp_path / "without.safetensors", SD35 | CLIPS)))
+    assert whole["facts"][-1] == "with T5" and without["facts"][-1] == "without T5"
+    assert not models.uses_t5(whole, None, "auto") and not models.uses_t5(whole, tmp_path / "nowhere", "auto")
+    (tmp_path / "words" / "tokenizer_3").mkdir(parents=True)
+    (tmp_path / "words" / "tokenizer_3" / "tokenizer.json").touch()
+    assert models.uses_t5(whole, tmp_path / "words", "auto") and not models.uses_t5(whole, tmp_path / "words", "skip")
+    assert not models.uses_t5(without, tmp_path / "words", "8bit")
+    (tmp_path / "words" / "t5xxl_fp16.safetensors").touch()
+    assert models.uses_t5(without, tmp_path / "words", "8bit")
+    assert not models.uses_t5(models.check(home, str(write(tmp_path / "xl.safetensors", SDXL))), tmp_path / "words", "auto")
 
 
 def test_what_is_no_base_model_is_refused_in_a_sentence(home, machine, tmp_path):
@@ -205,7 +266,14 @@ def test_what_is_no_base_model_is_refused_in_a_sentence(home, machine, tmp_path)
         (str(tmp_path / "nope.safetensors"), "There is no file or folder"),
         (str(tmp_path / "old.ckpt"), "is a pickle"),
         (str(tmp_path / "empty"), "no model_index.json"),
-        (str(write(tmp_path / "xl.safetensors", SDXL)), "Choose a base model of Stable Diffusion 1.x"),
+        (
+            str(write(tmp_path / "fill.safetensors", INPAINTING)),
+            "an inpainting or editing model of Stable Diffusion XL.*Choose a base model",
+        ),
+        (
+            str(write(tmp_path / "flux.safetensors", {"double_blocks.0.x": [1, 1]})),
+            "Flux.*Choose a base model of Stable Diffusion 1.x, 2.x, XL",
+        ),
         (str(write(tmp_path / "l.safetensors", LORA)), "a LoRA for"),
         ("x" * 5000, "There is no file"),
         ("a\0b", "There is no file"),
@@ -251,11 +319,11 @@ def hub(monkeypatch, tmp_path):
     server.server_close()
 
 
-def described(pipeline: str, **more) -> tuple[int, dict]:
-    files = {"model_index.json": 500, "unet/config.json": 1000, "unet/diffusion_pytorch_model.safetensors": 3_000_000_000,
+def described(pipeline: str, files: dict[str, int] | None = None, **more) -> tuple[int, dict]:
+    all_files = {"model_index.json": 500, "unet/config.json": 1000, "unet/diffusion_pytorch_model.safetensors": 3_000_000_000,
              "unet/diffusion_pytorch_model.fp16.safetensors": 9_000_000_000, "vae/diffusion_pytorch_model.safetensors": 300_000_000,
-             "text_encoder/model.safetensors": 500_000_000, "v1-5-pruned.ckpt": 7_000_000_000}  # fmt: skip
-    siblings = [{"rfilename": n, "size": s} for n, s in files.items()]
+             "text_encoder/model.safetensors": 500_000_000, "v1-5-pruned.ckpt": 7_000_000_000, **(files or {})}  # fmt: skip
+    siblings = [{"rfilename": n, "size": s} for n, s in all_files.items()]
     return 200, {"id": "x/y", "modelId": "x/y", "siblings": siblings, "config": {"diffusers": {"_class_name": pipeline}}, "tags": [],
                  "cardData": {"license": "creativeml-openrail-m"}, "sha": "0" * 40, **more}  # fmt: skip
 
@@ -271,13 +339,25 @@ def test_a_hub_model_says_its_size_and_licence_before_any_download(home, machine
     assert list(machine.hub.iterdir()) == []
 
 
+def test_of_a_large_hub_model_all_parts_are_counted_that_will_be_fetched(home, machine, hub):
+    models.scanner(home, machine)
+    pieces = {f"text_encoder_3/model-0000{k}-of-00002.safetensors": 5_000_000_000 for k in (1, 2)}
+    more = {"transformer/diffusion_pytorch_model.safetensors": 5_000_000_000, "text_encoder_2/model.fp16.safetensors": 1_000_000_000,
+            "text_encoder_3/model.fp16.safetensors": 9_000_000_000, "sd3.5_medium.safetensors": 5_000_000_000}  # fmt: skip
+    hub["a/sd3.5-medium"] = described("StableDiffusion3Pipeline", pieces | more)
+    found = models.check(home, "a/sd3.5-medium")
+    assert (found["family"], found["trainable"], found["download_gb"]) == ("sd3", True, 3 + 0.3 + 0.5 + 5 + 1 + 10)
+    hub["a/noobai"] = described("StableDiffusionXLPipeline")
+    assert models.check(home, "a/noobai")["words"] == "anime" and models.glance(home, "a/noobai", False)[0]["family"] == "sdxl"
+
+
 def test_hub_models_that_cannot_be_used(home, machine, hub):
     models.scanner(home, machine)
-    hub["a/xl"] = described("StableDiffusionXLPipeline")
+    hub["a/flux"] = described("FluxPipeline")
     hub["a/files"] = described("StableDiffusionPipeline", siblings=[{"rfilename": "x.safetensors", "size": 1}])
     hub["a/gated"] = (403, {"error": "gated"})
     for repo, said in (
-        ("a/xl", "Stable Diffusion XL"),
+        ("a/flux", "a model of Flux on the hub.*Choose a base model"),
         ("a/files", "without model_index.json"),
         ("a/gated", "accept its terms"),
         ("a/none", "no such model"),

@@ -1,13 +1,15 @@
 """Thumbnails, sharpness, near duplicates and badges."""
 
 import io
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from app import datasets, pictures
+from app import datasets, pictures, run_reader
 from app.errors import Problem
 from app.paths import ROOT, Home
 from trainer.data.buckets import place
@@ -101,6 +103,52 @@ def test_what_was_seen_survives_a_restart_and_a_damaged_cache(home, tmp_path):
     for kept in (home.cache / "pictures").glob("*.json"):
         kept.write_text("{torn", encoding="utf-8")
     assert look(tmp_path / "a.png", home) == first
+
+
+# ---- the cache
+
+
+def cached(home, folder: str, name: str, size: int, days: float) -> Path:
+    """A file of the cache that was last used so many days ago."""
+    path = home.cache / folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x" * size)
+    at = time.time() - days * 24 * 3600
+    os.utime(path, (at, at))
+    return path
+
+
+def test_what_was_not_used_for_long_goes_and_then_the_oldest_until_it_fits(home):
+    old = cached(home, "pictures", "old.webp", 10, 100)
+    torn, writing = cached(home, "previews", ".x.tmp", 10, 2), cached(home, "previews", ".y.tmp", 10, 0)
+    kept = [cached(home, folder, f"{days}.webp", 100, days) for folder, days in (("pictures", 30), ("previews", 20), ("pictures", 10))]
+    other = cached(home, ".", "hub.json", 10_000, 500)
+    assert pictures.prune(home.cache) == 20
+    assert not old.exists() and not torn.exists() and writing.exists() and all(path.exists() for path in kept)
+    assert pictures.prune(home.cache, most=250) == 100
+    assert [path.exists() for path in kept] == [False, True, True] and other.exists()
+    assert pictures.prune(home.cache, most=250) == 0
+
+
+def test_what_is_shown_again_counts_as_used(home, tmp_path):
+    pictures._looks.clear()
+    scene(1).save(tmp_path / "a.png")
+    digest = inspect(tmp_path / "a.png")[0]
+    look(tmp_path / "a.png", home)
+    shown = pictures.version(tmp_path / "a.png", digest, pictures.THUMB, home.cache)
+    thumb = run_reader.picture(home, tmp_path / "a.png", 64)
+    kept = home.cache / "pictures" / f"{digest}.json"
+    for path in (shown, thumb, kept):
+        os.utime(path, (0, 0))
+    pictures._looks.clear()
+    look(tmp_path / "a.png", home)
+    pictures.version(tmp_path / "a.png", digest, pictures.THUMB, home.cache)
+    run_reader.picture(home, tmp_path / "a.png", 64)
+    assert pictures.prune(home.cache) == 0 and all(path.exists() for path in (shown, thumb, kept))
+    for path in (shown, thumb, kept):
+        os.utime(path, (0, 0))
+    assert pictures.prune(home.cache) > 0 and not any(path.exists() for path in (shown, thumb, kept))
+    assert look(tmp_path / "a.png", home).sharp is not None
 
 
 # ---- blurred

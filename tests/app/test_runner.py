@@ -319,7 +319,7 @@ def test_tools_answer_or_say_what_went_wrong(runner):
     found = json.loads(runner.run_tool(["inspect", "--json", str(ROOT / "assets/demo/classifier.safetensors")], 60))
     assert isinstance(found, dict)
     with pytest.raises(Problem, match="does not exist"):
-        runner.run_tool(["inspect", "/no/such/file.safetensors"], 60)
+        runner.run_tool(["convert", str(ROOT / "none.safetensors"), "--to", "diffusers"], 60)
     with pytest.raises(Problem, match="took more than"):
         runner.run_tool(["probe"], 0.01)
 

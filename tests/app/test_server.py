@@ -74,7 +74,7 @@ def client(app):
 # ---- pages, headers, files ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/", "/runs", "/results", "/settings"])
+@pytest.mark.parametrize("path", ["/", "/runs", "/results", "/tools", "/settings"])
 def test_pages_answer_and_allow_nothing_foreign(client, path):
     answer = client.get(path)
     assert answer.status_code == 200 and "gradio" in answer.text
@@ -202,7 +202,7 @@ def test_what_gradio_brings_beside_its_pages_is_closed(app, client):
     routes = gradio_routes(app)
     paths = {path for _, path in routes} | {f"/gradio_api{path}" for _, path in routes}
     assert any(path.endswith("/upload") for path in paths) and len(paths) > 40
-    pages = {"/", "/runs", "/runs/", "/results", "/results/", "/settings", "/settings/"}
+    pages = {"/", "/runs", "/runs/", "/results", "/results/", "/tools", "/tools/", "/settings", "/settings/"}
     opened = set()
     for path in paths:
         for method in ("GET", "POST", "PUT", "DELETE"):
@@ -291,16 +291,42 @@ def test_a_request_of_the_wrong_form_is_answered_in_sentences(client):
 # ---- settings -----------------------------------------------------------------------------------------------------------------------
 
 
-def test_settings_are_changed_one_by_one_and_kept(client):
-    assert client.patch("/api/settings", json={"theme": "dark", "model_folders": ["/a", "/b"]}).json()["theme"] == "dark"
-    assert client.patch("/api/settings", json={"lora_folder": "/loras"}).status_code == 200
+def test_settings_are_changed_one_by_one_and_kept(client, tmp_path):
+    a, b, loras = (str(tmp_path / name) for name in ("a", "b", "my loras"))
+    for folder in (a, b, loras):
+        Path(folder).mkdir()
+    assert client.patch("/api/settings", json={"theme": "dark", "model_folders": [a, f' "{b}" ', ""]}).json()["theme"] == "dark"
+    assert client.patch("/api/settings", json={"lora_folder": f'"{loras}"'}).status_code == 200
     kept = client.get("/api/settings").json()
-    assert (kept["theme"], kept["model_folders"], kept["lora_folder"]) == ("dark", ["/a", "/b"], "/loras")
+    assert (kept["theme"], kept["model_folders"], kept["lora_folder"]) == ("dark", [a, b], loras)
     wrong = client.patch("/api/settings", json={"theme": "pink", "notify": True})
     assert wrong.status_code == 400 and "theme is 'pink'" in wrong.json()["errors"]["theme"]
     assert client.patch("/api/settings", json={"colour": 1}).json()["error"].startswith("There is no setting 'colour'. There are: ")
     assert client.patch("/api/settings", json=[1]).status_code == 400
     assert client.get("/api/settings").json() == kept
+
+
+def test_a_folder_that_is_not_there_is_refused_with_a_sentence(client, tmp_path):
+    there, gone, file = tmp_path / "there", tmp_path / "disk", tmp_path / "file.safetensors"
+    there.mkdir()
+    gone.mkdir()
+    file.touch()
+    assert client.patch("/api/settings", json={"model_folders": [str(gone)], "lora_folder": str(gone)}).status_code == 200
+    gone.rmdir()
+    before = client.get("/api/settings").json()
+    for key, value, said in (
+        ("lora_folder", str(tmp_path / "no such"), "There is no folder"),
+        ("run_folders", [str(there), str(tmp_path / "no such")], "There is no folder"),
+        ("model_folders", [str(file)], "is a file"),
+        ("model_folders", ["models"], "is not a full path"),
+        ("lora_folder", "~nobody-at-all/x", "Give the folder's whole path"),
+    ):
+        answer = client.patch("/api/settings", json={"theme": "dark", key: value})
+        assert answer.status_code == 400 and said in answer.json()["errors"][key], answer.text
+        assert client.get("/api/settings").json() == before
+    # one that is gone since does not stand in the way of another, and may be emptied
+    kept = client.patch("/api/settings", json={"model_folders": [str(gone), str(there)], "lora_folder": ""})
+    assert kept.status_code == 200 and kept.json()["model_folders"] == [str(gone), str(there)] and kept.json()["lora_folder"] == ""
 
 
 def test_system_says_what_is_here(app, client):
@@ -396,12 +422,21 @@ def live(tmp_path_factory):
     hub = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     home = tmp_path_factory.mktemp("live") / "data"
+    for name, age in (("old.webp", 10**8), ("new.webp", 0)):
+        kept = home / "cache" / "pictures" / name
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.touch()
+        os.utime(kept, (time.time() - age,) * 2)
     started = Process(home, "--port", str(free_port()), HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HTTP_PROXY="http://127.0.0.1:9")
     url = started.until(r"LoRA Atelier is at (\S+)").group(1)
     started.hub = hub
     yield started, url, home
     started.process.kill()
     started.process.wait()
+
+
+def test_pictures_that_were_not_looked_at_for_long_go_at_the_start(live):
+    assert [path.name for path in (live[2] / "cache" / "pictures").iterdir()] == ["new.webp"]
 
 
 def test_it_says_that_it_starts_and_opens_its_page(live):

@@ -6,8 +6,9 @@ from transformers import CLIPTextModel
 
 from trainer import adapters, families
 from trainer.config import LoraConfig
-from trainer.families.sd1 import TEXT_TARGETS, UNET_TARGETS
+from trainer.families.common import TEXT_TARGETS
 from trainer.families.sources import DEMO
+from trainer.families.unet import UNET_TARGETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = [("unet", kind) for kind in UNET_TARGETS] + [("text_1", kind) for kind in TEXT_TARGETS]
@@ -29,7 +30,7 @@ def attach():
 
     def make(kinds=("attention",), parts=("unet", "text_1"), dtype=torch.float32, seed=0, filled=True, **options):
         family = families.get("sd1")
-        models = family.load(DEMO, dtype, torch.device("cpu"), "auto", "sdpa")
+        models = family.load(DEMO, dtype, torch.device("cpu"))
         targets = {p: family.targets(models, p, kinds) for p in parts}
         options = {"rank": 3, "alpha": 4.5, **options}
         adapter = adapters.build(LoraConfig(**options), models.parts, {p: t for p, t in targets.items() if t}, seed)
@@ -167,7 +168,9 @@ def test_small_layers_have_a_smaller_rank_and_the_same_scale(rank, alpha, attach
         ranks.add(d.tensors["down"].shape[0])
     assert len(ranks) > 1 if rank > 64 else ranks == {rank}
     smaller = sum(d.tensors["down"].shape[0] < rank for d in adapter.deltas())
-    assert list(adapter.notes) == ([f"{smaller} layers are smaller than rank {rank} and get their own size as rank."] if smaller else [])
+    assert list(adapter.notes) == (
+        [f"{smaller} layers are smaller than the rank that is set and get their own size as rank."] if smaller else []
+    )
     assert close(outputs(models.parts), base_outputs(list(adapter.deltas())))
 
 
@@ -220,3 +223,5 @@ def test_parameters_are_those_of_the_state_in_one_order(attach):
     both = [*adapter.parameters("unet"), *adapter.parameters("text_1")]
     assert [p.data_ptr() for p in both] == [t.data_ptr() for t in adapter.state().values()]
     assert adapter.parameters("text_2") == []
+    assert [(rate, len(params)) for rate, params in adapter.groups("unet")] == [(1.0, len(adapter.parameters("unet")))]
+    assert adapter.groups("text_2") == []

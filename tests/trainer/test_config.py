@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config import TrainConfig
-from trainer.config.load import PRESETS, ConfigError, load, parse_set, presets, read_preset
+from trainer.config.load import PRESETS, ConfigError, load, overlays, parse_set, presets, read_preset
 
 DATA = {"data": [{"folder": "x"}]}
 
@@ -20,7 +20,8 @@ def errors(changes, **more) -> dict[str, str]:
 def test_presets_are_found():
     assert len(presets()) >= 3
     assert "sd1/balanced" in presets()
-    assert {p.relative_to(PRESETS).as_posix() for p in PRESETS.rglob("*.toml")} == {f"{name}.toml" for name in presets()}
+    over = {f"{family}/with/{name}.toml" for family in ("sd1", "sd2", "sdxl", "sd3") for name in overlays(family)}
+    assert {p.relative_to(PRESETS).as_posix() for p in PRESETS.rglob("*.toml")} == {f"{name}.toml" for name in presets()} | over
 
 
 @pytest.mark.parametrize("name", sorted(presets()))

@@ -92,7 +92,7 @@ def test_the_picture_is_the_one_that_training_would_preview(generate, lora, run,
     from trainer import adapters, families
 
     family = families.get("sd1")
-    models = family.load(DEMO, torch.float32, torch.device("cpu"), "auto", "sdpa")
+    models = family.load(DEMO, torch.float32, torch.device("cpu"))
     config = configure(STRONG).adapter
     adapter = adapters.build(config, models.parts, {p: family.targets(models, p, config.targets) for p in family.parts}, 0)
     adapter.load({k.removeprefix("adapter/"): t for k, t in run.state()[0].items() if k.startswith("adapter/")})
@@ -158,22 +158,25 @@ def test_inspect_by_the_command_line(cli, lora, run):
     report = json.loads(out)
     assert (code, err) == (0, "")
     modules = run.events("exported")[-1]["modules"]
-    assert {p: row["modules"] for p, row in report["parts"].items()} == modules
-    assert (report["kind"], report["naming"], report["trigger_words"], report["hash_matches"]) == ("lora", "kohya", ["zorp"], True)
+    assert {p: sum(b["layers"] for b in blocks.values()) for p, blocks in report["layers"].items()} == modules
+    assert (report["family"], report["adapter"], report["rank"], report["effect"], report["finite"]) == ("sd1", "lora", 2, True, True)
+    assert not any(report["unread"].values())
     code, out, _ = cli("inspect", lora)
-    assert code == 0 and out.startswith(f"{lora.name}: a LoRA for Stable Diffusion 1.x\n")
-    assert "trigger words: zorp" in out and f"unet: {modules['unet']} layers, rank 2, alpha 2" in out
+    assert code == 0 and out.startswith(f"{lora.name}\nkind: lora for Stable Diffusion 1.x\nrank: 2\nalpha: 2\n")
+    assert "trigger words: zorp" in out and f"unet: {modules['unet']} layers" in out
     code, out, _ = cli("inspect", DEMO)
     assert code == 0 and "a diffusers folder of Stable Diffusion 1.x" in out
-    assert "README.md is not a .safetensors file" in refusal(cli("inspect", DEMO.parent / "README.md"))
+    code, out, _ = cli("inspect", DEMO.parent / "README.md")
+    assert code == 0 and "README.md is not a .safetensors file" in out
 
 
 def test_convert_there_and_back_draws_the_same_picture(cli, generate, lora, tmp_path):
     before = lora.read_bytes()
-    assert cli("convert", lora, "peft.safetensors", "--naming", "peft") == (0, "Saved peft.safetensors\n", "")
-    assert cli("convert", "peft.safetensors", "kohya.safetensors", "--naming", "kohya") == (0, "Saved kohya.safetensors\n", "")
+    said = "Saved {}, read back and checked.\n"
+    assert cli("convert", lora, "--to", "diffusers", "--out", "peft.safetensors") == (0, said.format("peft.safetensors"), "")
+    assert cli("convert", "peft.safetensors", "--to", "kohya") == (0, said.format("peft_kohya.safetensors"), "")
     assert lora.read_bytes() == before
-    back, original = load_file("kohya.safetensors"), load_file(lora)
+    back, original = load_file("peft_kohya.safetensors"), load_file(lora)
     stems = {k.rpartition(".lora_")[0] for k in original if ".lora_" in k}
     assert back.keys() == original.keys() and len(stems) > 60
     for stem in stems:
@@ -184,18 +187,18 @@ def test_convert_there_and_back_draws_the_same_picture(cli, generate, lora, tmp_
             for s in (original, back)
         ]
         assert torch.allclose(*products, rtol=1e-5, atol=1e-8)
-    pictures = [picture(generate("a zorp", "--lora", f)[0]) for f in (lora, Path("peft.safetensors"), Path("kohya.safetensors"))]
+    pictures = [picture(generate("a zorp", "--lora", f)[0]) for f in (lora, Path("peft.safetensors"), Path("peft_kohya.safetensors"))]
     assert all(np.abs(p - pictures[0]).max() <= 1 for p in pictures)
 
 
 def test_convert_refuses_and_overwrites_nothing(cli, lora, tmp_path):
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     expected = [
-        ((lora, "there.safetensors", "--naming", "peft"), "there.safetensors exists already and is not overwritten"),
-        ((lora, "new.safetensors", "--naming", "kohya"), "has kohya naming already"),
-        ((DEMO / "unet" / "diffusion_pytorch_model.safetensors", "new.safetensors", "--naming", "peft"), "Needed here: a LoRA"),
-        (("none.safetensors", "new.safetensors", "--naming", "peft"), "none.safetensors does not exist"),
-        ((lora, "nowhere/new.safetensors", "--naming", "peft"), "was not saved: No such file or directory"),
+        ((lora, "--out", "there.safetensors", "--to", "diffusers"), "there.safetensors exists already and is not overwritten"),
+        ((lora, "--out", "new.safetensors", "--to", "kohya"), "has kohya naming already"),
+        ((DEMO / "unet" / "diffusion_pytorch_model.safetensors", "--out", "new.safetensors", "--to", "comfy"), "Needed here: a LoRA"),
+        (("none.safetensors", "--out", "new.safetensors", "--to", "kohya"), "none.safetensors does not exist"),
+        ((lora, "--out", "nowhere/new.safetensors", "--to", "diffusers"), "nowhere is no folder"),
     ]
     for words, said in expected:
         assert said in refusal(cli("convert", *words))
@@ -206,9 +209,9 @@ def test_convert_tells_what_it_added(cli, tmp_path):
     stem = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     tensors = {"lora_up.weight": torch.ones(8, 2), "lora_down.weight": torch.ones(2, 8), "alpha": torch.tensor(2.0)}
     save_file({f"{stem}.{n}": t for n, t in tensors.items()}, tmp_path / "q.safetensors", {"ss_base_model_version": "sd_v1"})
-    code, out, _ = cli("convert", "q.safetensors", "p.safetensors", "--naming", "peft")
+    code, out, _ = cli("convert", "q.safetensors", "--to", "diffusers")
     *notes, last = out.splitlines()
-    assert code == 0 and last == "Saved p.safetensors"
+    assert code == 0 and last == "Saved q_diffusers.safetensors, read back and checked."
     assert any(n.startswith("Note: 3 layers of zeros were added") for n in notes), notes
 
 

@@ -101,8 +101,8 @@ def test_weights_of_folders_reach_the_batches(configure, draw_pictures, tmp_path
     ]
     config, family = configure({"data": data}), families.get("sd1")
     laid = plan.make(config, 128)
-    models = family.load(DEMO, torch.float32, torch.device("cpu"), "auto", "sdpa")
-    store = Store(config, laid, family, models, text_trains=True)
+    models = family.load(DEMO, torch.float32, torch.device("cpu"))
+    store = Store(config, laid, family, models, trained={"text_1"})
     for n, rows in enumerate(laid.steps):
         wanted = [(4, 0.5)[laid.images[row.image].source] for row in rows]
         assert store.batch(n).weight.tolist() == wanted

@@ -10,6 +10,7 @@ import torch
 import trainer.loop
 from trainer import control, events, run
 from trainer.config import TrainConfig
+from trainer.families.sd1 import SD1
 from trainer.formats.metadata import read_header
 from trainer.run_dir import RunDir, RunError
 
@@ -153,7 +154,7 @@ def test_the_exported_weights_are_those_of_the_checkpoint(finished):
 def test_config_and_versions_are_written(finished, configure):
     text = (finished.root / "config.json").read_text(encoding="utf-8")
     assert TrainConfig.model_validate_json(text) == configure(LOOKED_AT)
-    assert json.loads(text)["loss"] == {"min_snr_gamma": 5.0, "noise_offset": 0.0}  # fully resolved, defaults too
+    assert json.loads(text)["loss"].items() >= {"min_snr_gamma": 5.0, "noise_offset": 0.0}.items()  # fully resolved, defaults too
     versions = json.loads((finished.root / "versions.json").read_text())
     assert versions["torch"] == torch.__version__
     assert {"diffusers", "transformers", "peft", "accelerate", "safetensors"} <= versions.keys()
@@ -312,7 +313,7 @@ def test_a_full_disk_at_the_end_says_so_and_leaves_no_part_of_a_lora(train, monk
         if event["type"] == "checkpoint" and event["step"] == 8:
             monkeypatch.setattr(os, "fsync", full)
 
-    with pytest.raises(RunError, match=r"lora\.safetensors was not saved: the disk is full"):
+    with pytest.raises(RunError, match=r"The disk is full: lora\.safetensors could not be written"):
         train(root=tmp_path, show=fill)
     assert not [name for name in files(tmp_path) if "lora" in name]
     monkeypatch.setattr(os, "fsync", sync)
@@ -344,14 +345,14 @@ def test_a_loss_that_is_no_number_ends_the_run_with_a_remedy(train, configure, t
 
 def test_a_poisoned_image_ends_the_run(train, monkeypatch):
     monkeypatch.setattr(trainer.loop, "EVENTS_EVERY", 2)
-    encode = trainer.families.sd1.SD1.encode
+    encode = SD1.encode
 
     def poisoned(self, models, pixels):
         mean, std = encode(self, models, pixels)
         mean[0, 0, 0, 0] = torch.nan
         return mean, std
 
-    monkeypatch.setattr(trainer.families.sd1.SD1, "encode", poisoned)
+    monkeypatch.setattr(SD1, "encode", poisoned)
     with pytest.raises(RunError, match=r"not a number any more after step [12]"):
         train()
 

@@ -10,10 +10,12 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from trainer import adapters, families
-from trainer.config import LoraConfig
+from trainer.config import LoraConfig, LossConfig, ModelConfig
+from trainer.config.load import ROOT
 from trainer.data.images import open_rgb
-from trainer.families import Cond, Models, sd1
+from trainer.families import WINDOW, Cond, Models, common
 from trainer.families.sources import DEMO
+from trainer.families.unet import UNET_TARGETS
 
 FAMILY = families.get("sd1")
 DATA = DEMO.parent / "data"
@@ -22,7 +24,7 @@ PROMPTS = ["a red ball on grass", "a house by the sea", "an owl"]
 
 
 def load(prediction: str = "auto", source=DEMO) -> Models:
-    return FAMILY.load(source, torch.float32, torch.device("cpu"), prediction, "sdpa")
+    return FAMILY.load(source, torch.float32, torch.device("cpu"), ModelConfig(prediction=prediction))
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_sampling_does_not_depend_on_its_neighbours(models, monkeypatch):
     for image, prompt, seed in zip(together, PROMPTS, [7, 8, 9], strict=True):
         (alone,) = FAMILY.sample(models, [prompt], [seed], **SAMPLE)
         assert apart(alone, image) <= 2
-    monkeypatch.setattr(sd1, "PREVIEW_PIXELS", 2 * 64 * 64)  # batches of two and one
+    monkeypatch.setattr(common, "PREVIEW_PIXELS", 2 * 64 * 64)  # batches of two and one
     assert [apart(a, b) <= 2 for a, b in zip(together, FAMILY.sample(models, PROMPTS, [7, 8, 9], **SAMPLE), strict=True)] == [True] * 3
 
 
@@ -91,7 +93,7 @@ def test_prompt_negative_guidance_and_size_reach_the_picture(models):
 
 
 def test_targets_are_all_layers_of_their_kind(models):
-    by_kind = {(p, k): FAMILY.targets(models, p, [k]) for p in FAMILY.parts for k in sd1.UNET_TARGETS}
+    by_kind = {(p, k): FAMILY.targets(models, p, [k]) for p in FAMILY.parts for k in UNET_TARGETS}
     ends = {
         ("unet", "attention"): {f"{a}.{n}" for a in ("attn1", "attn2") for n in ("to_q", "to_k", "to_v", "to_out.0")},
         ("unet", "feed_forward"): {"ff.net.0.proj", "ff.net.2"},
@@ -105,22 +107,23 @@ def test_targets_are_all_layers_of_their_kind(models):
         assert found == ends.get(key, set()) and all(p.endswith(tuple(ends[key])) for p in paths), key
     for part in FAMILY.parts:
         layers = [n for n, m in models.parts[part].named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
-        union = [p for k in sd1.UNET_TARGETS for p in by_kind[part, k]]
+        union = [p for k in UNET_TARGETS for p in by_kind[part, k]]
         assert len(union) == len(set(union))
         left = {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"} if part == "unet" else set()
         assert set(layers) - set(union) == left
-        together = FAMILY.targets(models, part, list(sd1.UNET_TARGETS))
+        together = FAMILY.targets(models, part, list(UNET_TARGETS))
         assert together == [n for n in layers if n in set(union)]  # the model's own order, whatever the order of the kinds
-        assert FAMILY.targets(models, part, list(sd1.UNET_TARGETS)[::-1]) == together
+        assert FAMILY.targets(models, part, list(UNET_TARGETS)[::-1]) == together
 
 
 @pytest.mark.parametrize("rank", [4, 300])
-@pytest.mark.parametrize("kinds", [("attention",), ("projections", "feed_forward"), tuple(sd1.UNET_TARGETS)], ids="+".join)
+@pytest.mark.parametrize("kinds", [("attention",), ("projections", "feed_forward"), tuple(UNET_TARGETS)], ids="+".join)
 def test_count_is_what_the_adapter_gets(kinds, rank):
     models = load()
-    counted = FAMILY.count(DEMO, kinds, rank)
+    config = LoraConfig(rank=rank, alpha=rank, targets=kinds)
+    counted = FAMILY.count(DEMO, config)
     targets = {p: t for p in FAMILY.parts if (t := FAMILY.targets(models, p, kinds))}
-    adapter = adapters.build(LoraConfig(rank=rank, alpha=rank, targets=kinds), models.parts, targets, 0)
+    adapter = adapters.build(config, models.parts, targets, 0)
     for part in FAMILY.parts:
         parameters = adapter.parameters(part)
         assert counted[part] == (len(parameters) // 2, sum(w.numel() for w in parameters))
@@ -240,14 +243,14 @@ def test_the_prediction_of_the_scheduler_is_taken_and_can_be_overridden(tmp_path
 
 
 def test_timesteps_are_whole_and_from_the_whole_range(models):
-    t = FAMILY.timesteps(models, 20_000, torch.Generator().manual_seed(0))
+    t = FAMILY.timesteps(models, 20_000, torch.Generator().manual_seed(0), LossConfig())
     assert t.dtype == torch.int64 and t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 10
-    assert torch.equal(t, FAMILY.timesteps(models, 20_000, torch.Generator().manual_seed(0)))
+    assert torch.equal(t, FAMILY.timesteps(models, 20_000, torch.Generator().manual_seed(0), LossConfig()))
 
 
 def test_predict_is_float32_and_row_by_row(models):
     draw = torch.Generator().manual_seed(0)
-    noisy, hidden = torch.randn(3, 4, 8, 8, generator=draw), FAMILY.encode_text(models, FAMILY.tokenize(models, PROMPTS)).hidden
+    noisy, hidden = torch.randn(3, 4, 8, 8, generator=draw), FAMILY.conditions(models, PROMPTS, (64, 64)).hidden
     t = torch.tensor([3, 400, 990])
     with torch.no_grad():
         out = FAMILY.predict(models, noisy, t, Cond(hidden))
@@ -259,25 +262,23 @@ def test_predict_is_float32_and_row_by_row(models):
 # Size and text
 
 
-def test_native_resolution(tmp_path):
+def test_native_resolution():
     assert FAMILY.native_resolution(DEMO) == 128
-    assert FAMILY.native_resolution(sd1.CONFIGS) == 512  # SD1.5's own configuration
-    assert FAMILY.native_resolution(tmp_path / "x.safetensors") == 512
+    assert FAMILY.native_resolution(ROOT / "assets" / "models" / "sd1") == 512  # SD1.5's own configuration
 
 
 def test_captions_of_any_length_have_one_length(models):
-    length = models.tokenizer.model_max_length
-    tokens = FAMILY.tokenize(models, ["", "zorp", "zorp " * 500])
-    assert tokens.shape == (3, length) and tokens.dtype == torch.int64
-    assert not torch.equal(tokens[0], tokens[1])
-    hidden = FAMILY.encode_text(models, tokens).hidden
-    assert hidden.shape == (3, length, models.parts["text_1"].config.hidden_size)
+    tokens = FAMILY.tokenize(models, "text_1", ["", "zorp", "zorp " * 500])
+    assert tokens.ids.shape == (3, 3 * WINDOW) and tokens.ids.dtype == torch.int64 and list(tokens.windows) == [1, 1, 3]
+    assert not torch.equal(tokens.ids[0], tokens.ids[1])
+    hidden = FAMILY.encode_text(models, "text_1", tokens).hidden
+    assert hidden.shape == (3, 3 * WINDOW, models.parts["text_1"].config.hidden_size)
     rows = Cond(hidden).rows(torch.tensor([2, 0]))
     assert torch.equal(rows.hidden, hidden[[2, 0]]) and dataclasses.is_dataclass(rows)
 
 
 def test_half_precision_leaves_the_vae_alone():
-    models = FAMILY.load(DEMO, torch.bfloat16, torch.device("cpu"), "auto", "sdpa")
+    models = FAMILY.load(DEMO, torch.bfloat16, torch.device("cpu"))
     dtypes = [{w.dtype for w in m.parameters()} for m in (*models.parts.values(), models.vae)]
     assert dtypes == [{torch.bfloat16}, {torch.bfloat16}, {torch.float32}] and models.alphas_cumprod.dtype == torch.float32
     image, exact = (FAMILY.sample(m, PROMPTS[:1], [7], **SAMPLE | {"steps": 20})[0] for m in (models, load()))

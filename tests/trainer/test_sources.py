@@ -7,15 +7,19 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import numpy as np
 import pytest
+import small_models
 
 from trainer.families import sources
 from trainer.families.sources import DEMO, SourceError, family_of, resolve
+from trainer.formats import FormatError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -37,13 +41,14 @@ class Hub:
     repos: dict[str, dict[str, bytes]]
     gated: set[str] = field(default_factory=set)
     closed: set[str] = field(default_factory=set)  # gated from the first look
+    weights: bool = True  # whether large files can be fetched
     down: bool = False
     asked: list[str] = field(default_factory=list)
     url: str = ""
 
     def fetched(self) -> list[str]:
         """Files whose content was sent since the last call."""
-        found = [m[1] for line in self.asked if (m := re.fullmatch(rf"GET .+/resolve/{COMMIT}/(.+)", line))]
+        found = [m[1] for line in self.asked if (m := re.fullmatch(rf"GET .+/resolve/(?:main|{COMMIT})/(.+)", line))]
         self.asked.clear()
         return sorted(found)
 
@@ -94,6 +99,8 @@ class Handler(BaseHTTPRequestHandler):
     def file(self, repo: str, name: str) -> None:
         if repo in self.hub.gated:
             return self.reply(403, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
+        if name.endswith(".safetensors") and not self.hub.weights:
+            return self.reply(403)
         body = self.hub.repos.get(repo, {}).get(name)
         if body is None:
             return self.reply(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
@@ -153,8 +160,8 @@ def test_a_model_of_the_hub_is_fetched_once_and_only_what_is_needed(hub, ask, on
     from trainer import families
 
     family = families.get(family_of(path, "auto"))
-    models = family.load(path, torch.float32, torch.device("cpu"), "auto", "sdpa")
-    ours = family.load(DEMO, torch.float32, torch.device("cpu"), "auto", "sdpa")
+    models = family.load(path, torch.float32, torch.device("cpu"))
+    ours = family.load(DEMO, torch.float32, torch.device("cpu"))
     for name, part in ours.parts.items():
         got = models.parts[name].state_dict()
         assert all(torch.equal(got[k], t) for k, t in part.state_dict().items())
@@ -205,10 +212,15 @@ def test_without_the_hub_and_without_a_copy(ask, more, words):
 
 
 def test_repositories_that_cannot_be_used(hub, ask):
-    half = {n.replace("model.safetensors", "model.fp16.safetensors"): b for n, b in TOY.items()}
+    ema = {n.replace("model.safetensors", "model.non_ema.safetensors"): b for n, b in TOY.items()}
+    pieces = {n.replace("model.safetensors", "model-00001-of-00002.safetensors"): b for n, b in TOY.items()}
     hub.repos |= {
         "someone/loras": {"toy.safetensors": b"x", "README.md": b""},
-        "someone/half": half,
+        "someone/ema": ema,
+        "someone/piece": pieces,
+        "someone/flux": {"model_index.json": b'{"_class_name": "FluxPipeline"}', "transformer/model.safetensors": b"x" * 99},
+        "someone/inpainting": TOY | {"unet/config.json": TOY["unet/config.json"].replace(b'"in_channels": 4', b'"in_channels": 9')},
+        "someone/broken": TOY | {"model_index.json": b"{"},
         "someone/pickles": {n.replace(".safetensors", ".bin"): b for n, b in TOY.items()},
         "someone/terms": TOY,
     }
@@ -219,13 +231,17 @@ def test_repositories_that_cannot_be_used(hub, ask):
         "someone/closed": ["someone/closed asks you to accept its terms", "huggingface.co/someone/closed", "hf auth login"],
         "someone/terms": ["someone/terms asks you to accept its terms", "huggingface.co/someone/terms", "hf auth login"],
         "someone/loras": ["'someone/loras'", "without model_index.json", "Choose one in diffusers format"],
-        "someone/half": ["'someone/half'", "fp16.safetensors is not read", "Choose a model"],
+        "someone/ema": ["'someone/ema'", "non_ema.safetensors is not read", "Choose a model"],
+        "someone/piece": ["'someone/piece'", "only 1 of the 2 pieces of unet/diffusion_pytorch_model.safetensors are there"],
+        "someone/flux": ["'someone/flux'", "a diffusers folder of Flux", "Choose a base model of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5"],
+        "someone/inpainting": ["'someone/inpainting'", "an inpainting or editing model of Stable Diffusion 1.x (9 input channels"],
+        "someone/broken": ["'someone/broken'", "cannot be read", "model_index.json"],
         "someone/pickles": ["'someone/pickles'", ".bin is a pickle", "Choose a model"],
     }
     for repo, words in expected.items():
         path, said, error = ask(repo)
         assert path is None and all(w in error for w in words), (repo, error)
-        assert bool(said) == (repo == "someone/terms") and hub.fetched() == []
+        assert not said and not [n for n in hub.fetched() if not n.endswith(".json")]
 
 
 def test_the_size_of_a_large_model_is_told_in_gb(hub, ask, monkeypatch):
@@ -243,9 +259,51 @@ def test_the_size_of_a_large_model_is_told_in_gb(hub, ask, monkeypatch):
             return 1_400_000_000
 
     monkeypatch.setattr(Handler, "about", larger)
-    hub.gated = {"someone/toy"}
+    hub.weights = False
     _, (said,), _ = ask("someone/toy")
     assert said == "Downloading someone/toy from huggingface.co: about 4.2 GB, licence: mit."
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Callable[..., dict[str, bytes]]:
+    """small(family): the files of a small model of it, as they stand on the hub."""
+
+    def files(family: str, **changes) -> dict[str, bytes]:
+        root = small_models.make_folder(tmp_path_factory.mktemp("small") / "m", family, **changes)
+        return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+    return files
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3"])
+def test_models_of_every_family_are_fetched_whole(hub, ask, small, family):
+    files = small(family, t5=True)
+    hub.repos["someone/model"] = files | EXTRAS | {"text_encoder_2/flax_model.msgpack": b"x", "vae_1_0/config.json": b"{}"}
+    path, said, error = ask("someone/model")
+    assert not error and family_of(path, "auto") == family
+    assert {p.relative_to(path).as_posix(): p.read_bytes() for p in path.rglob("*") if p.is_file()} == files
+    t5 = sum(len(b) for n, b in files.items() if n.startswith("text_encoder_3/"))
+    assert (f", {max(1, round(t5 / 1e6))} MB of it for the T5 text encoder," in said[0]) == (family == "sd3")
+
+
+def test_half_precision_is_fetched_where_there_is_nothing_else(hub, ask, small):
+    half, full = small("sdxl", half=True), small("sdxl")
+    assert not [n for n in half if n.endswith("model.safetensors")]
+    hub.repos |= {"someone/half": half, "someone/both": half | full}
+    weights = [sorted(n for n in files if n.endswith(".safetensors")) for files in (half, full)]
+    path, _, error = ask("someone/half")
+    assert not error and family_of(path, "auto") == "sdxl"
+    assert [n for n in hub.fetched() if n.endswith(".safetensors")] == weights[0]
+    ask("someone/both")
+    assert [n for n in hub.fetched() if n.endswith(".safetensors")] == weights[1]
+
+
+def test_sd3_without_t5_is_whole(hub, ask, small):
+    files = small("sd3")
+    assert not [n for n in files if n.startswith("text_encoder_3")]
+    hub.repos["someone/model"] = files
+    path, said, _ = ask("someone/model")
+    assert family_of(path, "auto") == "sd3" and "T5" not in said[0]
 
 
 def test_a_model_without_a_licence_says_so(hub, ask):
@@ -282,6 +340,31 @@ def test_the_family_is_read_from_the_files():
     assert family_of(DEMO, "auto") == family_of(DEMO, "sd1") == "sd1"
     with pytest.raises(SourceError, match=r"model\.family is 'sdxl', but .* is sd1\. Set model\.family to auto"):
         family_of(DEMO, "sdxl")
+
+
+@pytest.mark.parametrize("family", small_models.FAMILIES)
+def test_a_folder_that_lacks_a_file_is_told(tmp_path, family):
+    folder = small_models.make_folder(tmp_path / "m", family)
+    assert family_of(folder, "auto") == family
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.name in ("special_tokens_map.json", "tokenizer_config.json"):
+            continue
+        raw = path.read_bytes()
+        path.unlink()
+        with pytest.raises((SourceError, FormatError), match=r"missing|model_index\.json|has neither") as told:
+            family_of(folder, "auto")
+        assert path.name in str(told.value) or path.parent.name in str(told.value), path
+        path.write_bytes(raw)
+    assert family_of(folder, "auto") == family
+
+
+def test_what_is_no_base_is_told(tmp_path):
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": np.zeros((1, 1))}, path)
+    with pytest.raises(SourceError, match=r"a LoRA .* Choose a base model of Stable Diffusion 1\.x, 2\.x, XL, 3 or 3\.5\."):
+        family_of(path, "auto")
 
 
 def test_weights_in_pieces_are_a_whole_model(tmp_path):

@@ -74,6 +74,33 @@ def test_a_run_that_starts_from_a_file_learns_and_resumes_to_the_same(first, tra
         train(root=whole.root, resume=True)
 
 
+@pytest.mark.parametrize("rank", [1, 5])
+def test_the_files_ranks_are_taken(rank, first, train, same):
+    """And kept when the run is resumed, without the file. Layers that the file has not get the configured rank."""
+    copy = first.root / f"ranks-{rank}.safetensors"
+    copy.write_bytes((first.root / "lora.safetensors").read_bytes())
+    changes = {"adapter.start": str(copy), "adapter.rank": rank, "adapter.targets": ["attention", "feed_forward"]}
+    whole, part = train(changes), train(changes, stop_at=4)
+    copy.unlink()
+    part = train(changes, root=part.root, resume=True)
+    assert same(whole.lora(), part.lora())
+    had = {(d.part, d.path) for d in read_lora(first.root / "lora.safetensors")[1] if d.tensors["up"].any()}
+    ranks = {(d.part, d.path): len(d.tensors["down"]) for d in read_lora(whole.root / "lora.safetensors")[1]}
+    assert len(had) > 0
+    assert ranks.keys() > had
+    assert {ranks[layer] for layer in had} == {2}
+    assert {r for layer, r in ranks.items() if layer not in had} == {rank}
+
+
+@pytest.mark.parametrize("rank", [1, 5])
+def test_a_start_with_other_ranks_does_what_the_file_does(rank, first, before_training):
+    file = first.root / "lora.safetensors"
+    told, now = products(file), products(before_training({"adapter.start": str(file), "adapter.rank": rank}))
+    assert told.keys() == now.keys()
+    for layer in told:
+        torch.testing.assert_close(now[layer], told[layer], rtol=1e-5, atol=1e-9)
+
+
 def test_layers_that_the_file_has_not_start_as_without_it(first, before_training):
     file = first.root / "lora.safetensors"
     now = products(before_training({"adapter.start": str(file), "adapter.targets": ["attention", "feed_forward"]}))
@@ -91,9 +118,10 @@ def test_layers_of_zeros_are_no_obstacle(train, before_training):
     before_training(changes)
 
 
-def changed(source, target, change):
-    """A copy of a file whose {key: tensor} went through `change`."""
-    save_file({k: t.contiguous() for k, t in change(load_file(source)).items()}, target, read_header(source)[0])
+def changed(source, target, change, metadata=True):
+    """A copy of a file whose {key: tensor} went through `change`; without `metadata` only its keys say what it is."""
+    state = {k: t.contiguous() for k, t in change(load_file(source)).items()}
+    save_file(state, target, read_header(source)[0] if metadata else None)
     return target
 
 
@@ -106,7 +134,6 @@ def test_what_does_not_fit_is_refused_in_a_sentence(first, train, tmp_path):
         assert str(path) in str(error.value)
         return str(error.value)
 
-    assert "its rank is 2, where this run has 4. Set adapter.rank to the file's." in refused(file, **{"adapter.rank": 4})
     text = refused(file, **{"part.text_1.train": False})
     assert "it changes 12 layers that this run does not train, the first is text_1 encoder.layers.0.self_attn." in text
     assert "does not exist" in refused(tmp_path / "none.safetensors")
@@ -118,7 +145,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(first, train, tmp_path):
     def sdxl(state):
         return {k.replace("lora_te_", "lora_te2_"): t for k, t in state.items()}
 
-    assert "which is a LoRA for Stable Diffusion XL; the base is sd1" in refused(changed(file, tmp_path / "xl.safetensors", sdxl))
+    large = changed(file, tmp_path / "xl.safetensors", sdxl, metadata=False)
+    assert "which is a LoRA for Stable Diffusion XL; the base is sd1" in refused(large)
 
     def wider(state):
         return {k: torch.cat([t, t], 1) if "lora_down" in k and "attn1" in k else t for k, t in state.items()}

@@ -1,5 +1,6 @@
 """The arithmetic of a step against float64 formulas written here from the papers, with diffusers' and torch's own parts."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from trainer import adapters, families, optimizers, plan
+from trainer.config import ModelConfig
 from trainer.data.store import Store
 from trainer.families.sources import DEMO
 from trainer.step import LossScale, Step
@@ -28,9 +30,9 @@ def build(configure):
         config = configure({"adapter.targets": TARGETS, "adapter.alpha": 3.0, **(changes or {})})
         family = families.get("sd1")
         laid = plan.make(config, 128)
-        models = family.load(DEMO, torch.float32, CPU, config.model.prediction, "sdpa")
+        models = family.load(DEMO, torch.float32, CPU, config.model)
         rates = {name: getattr(config.part, name) for name in family.parts if getattr(config.part, name).train}
-        store = Store(config, laid, family, models, "text_1" in rates)
+        store = Store(config, laid, family, models, rates)
         targets = {name: family.targets(models, name, config.adapter.targets) for name in rates}
         adapter = adapters.build(config.adapter, models.parts, targets, config.train.seed)
         adapter.train(True)
@@ -154,7 +156,7 @@ def test_gradients_of_parts_add_up_to_those_of_the_whole(accumulation, build, tw
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_targets_are_those_of_diffusers(prediction):
     family = families.get("sd1")
-    models = family.load(DEMO, torch.float32, CPU, prediction, "sdpa")
+    models = family.load(DEMO, torch.float32, CPU, ModelConfig(prediction=prediction))
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
     draw = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn((9, 4, 6, 5), generator=draw) for _ in range(2))
@@ -195,7 +197,7 @@ def test_latents_are_drawn_from_the_posterior(build):
     batch = made.store.batch(0)
     losses = []
     for factor in (0, 1, 30):
-        wide = type(batch)(batch.mean, batch.std * factor, batch.weight, batch.cond, batch.tokens)
+        wide = dataclasses.replace(batch, std=batch.std * factor)
         draws = made.step.begin(0, wide)
         made.step.grads(0, wide, draws, made.store.total_weight[0])
         losses.append(float(made.step.loss))

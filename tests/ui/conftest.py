@@ -1,5 +1,6 @@
 """A real browser before the real app: one app for each test module, one browser context for each test."""
 
+import base64
 import json
 import os
 import re
@@ -21,10 +22,14 @@ BROWSERS = ("chromium", "google-chrome", "google-chrome-stable", "chromium-brows
 
 
 class App:
-    """The app as a process of its own, with a data folder and a home folder of its own (so that no model of this machine is found)."""
+    """The app as a process of its own, with a data folder and a home folder of its own (so that no model of this machine is found).
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.data = folder, folder / "data"
+    `words` go to the command line, `password` is sent with each request of this class, `environment` goes before the usual one.
+    """
+
+    def __init__(self, folder: Path, *words: str, password: str = "", **environment: str) -> None:
+        self.folder, self.data, self.words, self.environment = folder, folder / "data", words, environment
+        self.headers = {"authorization": f"Basic {base64.b64encode(f'me:{password}'.encode()).decode()}"} if password else {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -35,7 +40,8 @@ class App:
         home = self.folder / "home"
         home.mkdir(exist_ok=True)
         environment = {**os.environ, "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-        words = [sys.executable, "-m", "app", "--no-browser", "--port", str(self.port), "--data-dir", str(self.data)]
+        environment |= self.environment
+        words = [sys.executable, "-m", "app", "--no-browser", "--port", str(self.port), "--data-dir", str(self.data), *self.words]
         log = (self.folder / "app.txt").open("ab")
         self.process = subprocess.Popen(words, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + 90
@@ -62,12 +68,12 @@ class App:
                 self.kill()
 
     def get(self, path: str) -> dict:
-        with urllib.request.urlopen(f"{self.url}/api{path}", timeout=20) as answer:
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/api{path}", headers=self.headers), timeout=20) as answer:
             return json.loads(answer.read())
 
     def post(self, path: str, body: dict | None = None, method: str = "POST") -> dict:
         data = json.dumps(body or {}).encode()
-        request = urllib.request.Request(f"{self.url}/api{path}", data, {"content-type": "application/json"}, method=method)
+        request = urllib.request.Request(f"{self.url}/api{path}", data, {"content-type": "application/json", **self.headers}, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())
 
@@ -88,14 +94,34 @@ class App:
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory) -> Iterator[App]:
-    it = App(tmp_path_factory.mktemp("app"))
-    it.start()
-    yield it
-    for run in it.runs():  # no trainer outlives its test
-        if run["state"] in ("running", "starting", "waiting"):
-            it.post(f"/runs/{run['id']}/discard", {"confirm": True})
-    it.stop()
+def start_app(tmp_path_factory) -> Iterator[Callable[..., App]]:
+    """start_app("--listen", password="...", NAME="..."): an app of its own, see App."""
+    started = []
+
+    def start(*words: str, **more: str) -> App:
+        it = App(tmp_path_factory.mktemp("app"), *words, **more)
+        started.append(it)
+        it.start()
+        return it
+
+    yield start
+    for it in started:
+        if it.process.poll() is None:
+            for run in it.runs():  # no trainer outlives its test
+                if run["state"] in ("running", "starting", "waiting"):
+                    it.post(f"/runs/{run['id']}/discard", {"confirm": True})
+        it.stop()
+
+
+@pytest.fixture(scope="module")
+def app_environment() -> dict[str, str]:
+    """What a module's app finds in its environment beside the usual."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def app(start_app, app_environment) -> App:
+    return start_app(**app_environment)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-PAGES = ("/", "/runs", "/results", "/settings")
+PAGES = ("/", "/runs", "/results", "/tools", "/settings")
 # Gradio's own, measured on its bare components; none of them may come from our parts.
 GRADIO = {"aria-prohibited-attr", "label-content-name-mismatch", "target-size", "nested-interactive", "image-redundant-alt"}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -35,6 +35,8 @@ class Adapter(Protocol):
 
     def parameters(self, part: str) -> list[torch.nn.Parameter]: ...
 
+    def groups(self, part: str) -> list[tuple[float, list[torch.nn.Parameter]]]: ...
+
     def state(self) -> dict[str, torch.Tensor]: ...
 
     def load(self, state: dict[str, torch.Tensor]) -> None: ...
@@ -53,9 +55,30 @@ class Adapter(Protocol):
     strength: float
 
 
-def build(config: Any, parts: dict[str, torch.nn.Module], targets: dict[str, list[str]], seed: int) -> Adapter:
-    """Attach the configured adapter to `targets` (module paths for each part) of `parts`."""
+Ranks = Mapping[str, Mapping[str, int]]  # part -> module path -> rank
+
+
+def plain(path: str) -> str:
+    """A module path without the `text_model.` level, which text encoders have or lack by class: files leave it out."""
+    return path.removeprefix("text_model.")
+
+
+def ranks_of(deltas: Iterable[Delta]) -> Ranks:
+    """The rank of each layer that `deltas` change. Layers of zeros, which some files hold for their readers' sake, have none."""
+    out: dict[str, dict[str, int]] = {}
+    for d in deltas:
+        if d.tensors["up"].any() and d.tensors["down"].any():
+            out.setdefault(d.part, {})[d.path] = d.tensors["down"].shape[0]
+    return out
+
+
+def build(config: Any, parts: dict[str, torch.nn.Module], targets: dict[str, list[str]], seed: int, ranks: Ranks | None = None) -> Adapter:
+    """Attach the configured adapter to `targets` (module paths for each part) of `parts`.
+
+    `ranks`, of a file or checkpoint that will be loaded into it, take the place of the configured ones where they are given.
+    Raises ValueError with a sentence for settings that fit no layer.
+    """
     from trainer.adapters import lora
 
     ADAPTERS = {"lora": lora.build}
-    return ADAPTERS[config.kind](config, parts, targets, seed)
+    return ADAPTERS[config.kind](config, parts, targets, seed, ranks)

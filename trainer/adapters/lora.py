@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from trainer import randomness
-from trainer.adapters import Delta
-from trainer.config import LoraConfig
+from trainer.adapters import Delta, Ranks, plain
+from trainer.config import BlockConfig, LoraConfig
 
 NAME = "default"
 
 
 class Lora:
-    """The adapter of one run over all its parts. Parameters are float32 whatever the base's dtype."""
+    """The adapter of one run over all its parts. Parameters are float32 whatever the base's dtype.
 
-    def __init__(self, layers: dict[str, dict[str, torch.nn.Module]], notes: list[str]) -> None:
-        self.layers = layers  # part -> module path -> PEFT layer
-        self.notes = notes
+    Args:
+        layers: part -> module path -> PEFT layer.
+        rates: what multiplies the learning rate, for the layers where that is not 1, by the same keys.
+    """
+
+    def __init__(self, layers: dict[str, dict[str, torch.nn.Module]], rates: dict[str, dict[str, float]], notes: list[str]) -> None:
+        self.layers, self.rates, self.notes = layers, rates, notes
         self._scaling = {id(m): m.scaling[NAME] for p in layers.values() for m in p.values()}
         self._strength = 1.0
 
     def parameters(self, part: str) -> list[torch.nn.Parameter]:
         """Trainable tensors of a part, in a fixed order (down, up, layer by layer)."""
         return [w for m in self.layers.get(part, {}).values() for w in (m.lora_A[NAME].weight, m.lora_B[NAME].weight)]
+
+    def groups(self, part: str) -> list[tuple[float, list[torch.nn.Parameter]]]:
+        """(what multiplies the part's learning rate, parameters), in a fixed order; together they are those of `parameters`."""
+        out: dict[float, list[torch.nn.Parameter]] = {}
+        for path, m in self.layers.get(part, {}).items():
+            out.setdefault(self.rates[part].get(path, 1.0), []).extend((m.lora_A[NAME].weight, m.lora_B[NAME].weight))
+        return list(out.items())
 
     def state(self) -> dict[str, torch.Tensor]:
         """All weights by `part/path.down` and `part/path.up`."""
@@ -50,28 +62,26 @@ class Lora:
     def start(self, deltas: Iterable[Delta]) -> None:
         """Take on the change that a file's `deltas` make; layers that it leaves as they are stay as `build` made them.
 
-        What differs in scale is folded into `up`. Raises ValueError with a sentence for layers that are not trained here, and for
-        other ranks and sizes than those here.
+        What differs in scale is folded into `up`; the ranks are those that `build` was given. Raises ValueError with a sentence for
+        layers that are not trained here, and for other sizes than those here.
         """
-        given = {(d.part, d.path): d for d in deltas if d.tensors["up"].any() and d.tensors["down"].any()}
-        unknown = [f"{part} {path}" for part, path in given if path not in self.layers.get(part, {})]
+        given = {(d.part, plain(d.path)): d for d in deltas if d.tensors["up"].any() and d.tensors["down"].any()}
+        own = {(part, plain(path)): m for part, layers in self.layers.items() for path, m in layers.items()}
+        unknown = [f"{part} {path}" for part, path in given if (part, path) not in own]
         if unknown:
             raise ValueError(
                 f"it changes {len(unknown)} layers that this run does not train, the first is {unknown[0]}. Train their part, and "
                 "add their kind to adapter.targets, so that nothing of the file is lost."
             )
         for (part, path), delta in given.items():
-            m = self.layers[part][path]
-            own = m.lora_A[NAME].weight, m.lora_B[NAME].weight
-            down, up = delta.tensors["down"], delta.tensors["up"]
-            sides = (own[0].shape[1:].numel(), own[1].shape[0])
-            if (down[0].numel(), up.shape[0]) != sides:
+            m = own[part, path]
+            down, up = m.lora_A[NAME].weight, m.lora_B[NAME].weight
+            new = delta.tensors["down"], delta.tensors["up"]
+            if (new[0][0].numel(), new[1].shape[0]) != (down[0].numel(), up.shape[0]):
                 raise ValueError(f"its layer {part} {path} has other sizes than the base's. Give a LoRA of a base of this kind.")
-            if down.shape[0] != own[0].shape[0]:
-                ranks = ", ".join(str(r) for r in sorted({d.tensors["down"].shape[0] for d in given.values()}))
-                raise ValueError(f"its rank is {ranks}, where this run has {own[0].shape[0]}. Set adapter.rank to the file's.")
-            own[0].copy_(down.reshape(own[0].shape))
-            own[1].copy_((up.double() * (delta.scale / self._scaling[id(m)])).float().reshape(own[1].shape))
+            assert len(new[0]) == len(down), "the adapter was built without the ranks of what it starts from"
+            down.copy_(new[0].reshape(down.shape))
+            up.copy_((new[1].double() * (delta.scale / self._scaling[id(m)])).float().reshape(up.shape))
 
     def deltas(self) -> Iterator[Delta]:
         for part, layers in self.layers.items():
@@ -107,36 +117,96 @@ class Lora:
                 m.train(mode)
 
 
-def build(config: LoraConfig, parts: dict[str, torch.nn.Module], targets: dict[str, list[str]], seed: int) -> Lora:
+def block_of(config: LoraConfig, part: str, path: str) -> str | None:
+    """The name of the longest of the configured blocks that the layer is in; names go with and without `text_model.`."""
+    name = f"{part}.{plain(path)}."
+    found = [b for b in config.blocks if name.startswith(_block_start(b))]
+    return max(found, key=lambda b: len(_block_start(b)), default=None)
+
+
+def _block_start(block: str) -> str:
+    part, _, path = block.partition(".")
+    return f"{part}.{plain(f'{path}.')}" if path else f"{part}."
+
+
+def _settings(config: LoraConfig, part: str, path: str, module: torch.nn.Module) -> tuple[int, float, float]:
+    """(rank before the layer's sides limit it, true scale, what multiplies the learning rate) of a layer; rank 0 leaves it out."""
+    rank, scale = config.rank, config.alpha / config.rank
+    if module.weight.ndim == 4 and module.weight.shape[2:].numel() > 1:
+        rank = config.conv_rank or rank
+        scale = config.conv_alpha / rank if config.conv_alpha else scale
+    name = block_of(config, part, path)
+    block = BlockConfig() if name is None else config.blocks[name]
+    rank = rank if block.rank is None else block.rank
+    if block.alpha and rank:
+        scale = block.alpha / rank
+    return rank, scale, block.rate
+
+
+def rank_of(config: LoraConfig, part: str, path: str, module: torch.nn.Module) -> int:
+    """The rank that the Linear or Conv2d `module` gets: at most its shorter side; 0 leaves it as it is."""
+    return min(_settings(config, part, path, module)[0], *module.weight.shape[:2])
+
+
+def _check_blocks(config: LoraConfig, targets: dict[str, list[str]]) -> None:
+    """Raise ValueError for configured blocks without any layer."""
+    names = [f"{part}.{plain(path)}." for part, paths in targets.items() for path in paths]
+    idle = [block for block in config.blocks if not any(name.startswith(_block_start(block)) for name in names)]
+    if idle:
+        there = dict.fromkeys(re.match(r"(.*?\.\d+|.*)\.", name).group(1) for name in names)
+        raise ValueError(
+            f"adapter.blocks names {', '.join(idle)}, where nothing is trained. Blocks of this run: {', '.join(there)}. "
+            "Mend the name, or train the part and the kind of layers (adapter.targets) that it is about."
+        )
+
+
+def build(
+    config: LoraConfig,
+    parts: dict[str, torch.nn.Module],
+    targets: dict[str, list[str]],
+    seed: int,
+    ranks: Ranks | None = None,
+) -> Lora:
     """Attach LoRA layers to the modules `targets[part]` of each part.
 
-    Every layer has the true scale alpha / rank; a layer with a side shorter than the rank gets that side as its rank.
+    Every layer has the true scale alpha / rank of the configuration, whatever its own rank is: a layer with a side shorter than that
+    gets the side as its rank, and one that `ranks` names gets the rank from there.
     `up` starts at zero; `down` is drawn uniformly from +-1/sqrt(fan_in) (PEFT's own start) by a CPU generator that depends
     on the seed and the layer's name alone, so every device starts from the same numbers.
+    Raises ValueError for a configured block in which there is no layer, and for a part of which all layers are left out.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
+    _check_blocks(config, targets)
     layers: dict[str, dict[str, torch.nn.Module]] = {}
+    rates: dict[str, dict[str, float]] = {}
     smaller = 0
     for part, paths in targets.items():
         modules = dict(parts[part].named_modules())
-        ranks = {p: min(config.rank, *modules[p].weight.shape[:2]) for p in paths}
-        reduced = {p: r for p, r in ranks.items() if r < config.rank}
-        smaller += len(reduced)
+        given = {plain(path): rank for path, rank in (ranks or {}).get(part, {}).items()}
+        wanted = {p: s for p in paths if (s := _settings(config, part, p, modules[p]))[0]}
+        own = {p: given.get(plain(p)) or min(rank, *modules[p].weight.shape[:2]) for p, (rank, _, _) in wanted.items()}
+        smaller += sum(own[p] < rank for p, (rank, _, _) in wanted.items() if plain(p) not in given)
+        layers[part], rates[part] = {}, {p: rate for p, (_, _, rate) in wanted.items() if rate != 1}
+        if not own:
+            continue
         peft = PeftConfig(
             r=config.rank,
-            lora_alpha=config.alpha,
+            lora_alpha=config.rank,  # the scale is set below
             lora_dropout=config.dropout,
-            target_modules=paths,
-            rank_pattern={f"^{p}$": r for p, r in reduced.items()},
-            alpha_pattern={f"^{p}$": config.alpha * r / config.rank for p, r in reduced.items()},
+            target_modules=_either(own),
+            # one pattern for each rank: PEFT tries all of them on each layer
+            rank_pattern={_either(p for p in own if own[p] == rank): rank for rank in sorted(set(own.values()))},
+            init_lora_weights=False,
         )
         inject_adapter_in_model(peft, parts[part], adapter_name=NAME)
         layers[part] = {n: m for n, m in parts[part].named_modules() if isinstance(m, LoraLayer)}
-        assert list(layers[part]) == paths, f"PEFT attached {len(layers[part])} layers to {part}, {len(paths)} were named"
+        assert list(layers[part]) == list(own), f"PEFT attached {len(layers[part])} layers to {part}, {len(own)} were named"
         for path, m in layers[part].items():
+            assert m.r[NAME] == own[path]
+            m.scaling[NAME] = wanted[path][1]
             for w in (m.lora_A[NAME], m.lora_B[NAME]):
                 w.weight.data = w.weight.data.float()
             bound = 1 / math.sqrt(m.lora_A[NAME].weight[0].numel())
@@ -145,5 +215,16 @@ def build(config: LoraConfig, parts: dict[str, torch.nn.Module], targets: dict[s
             with torch.no_grad():
                 m.lora_A[NAME].weight.copy_(start)
                 m.lora_B[NAME].weight.zero_()
-    notes = [f"{smaller} layers are smaller than rank {config.rank} and get their own size as rank."] if smaller else []
-    return Lora(layers, notes)
+    for part, paths in targets.items():
+        if paths and not layers[part]:
+            raise ValueError(
+                f"adapter.blocks gives rank 0 to all layers of {part}, so that there is nothing to train. Give one of its blocks a rank, "
+                f"or set part.{part}.train to false."
+            )
+    notes = [f"{smaller} layers are smaller than the rank that is set and get their own size as rank."] if smaller else []
+    return Lora(layers, rates, notes)
+
+
+def _either(paths: Iterable[str]) -> str:
+    """A pattern that fits exactly these module paths."""
+    return "^(" + "|".join(map(re.escape, paths)) + ")"

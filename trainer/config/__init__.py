@@ -30,12 +30,39 @@ class Strict(BaseModel):
         return {k: None if k in optional and v == "" else v for k, v in values.items()}
 
 
+class MergeConfig(Strict):
+    """A LoRA that becomes a part of the frozen base: W + strength * its change."""
+
+    file: Path = Field(description="a plain LoRA or LoCon file for a base of this family")
+    strength: float = Field(1.0, ge=-4, le=4, description="how much of its change is added; below 0 takes it away")
+
+    @field_validator("file", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("must be the path of a LoRA file")
+        return value
+
+
 class ModelConfig(Strict):
     """The frozen base."""
 
     source: str = Field("demo", description="`demo`, a diffusers folder, a `.safetensors` checkpoint, or a hub id like `owner/name`")
-    family: Literal["auto", "sd1"] = Field("auto", description="model family; `auto` reads it from the files")
-    prediction: Literal["auto", "epsilon", "v_prediction"] = Field("auto", description="what the UNet predicts; `auto` reads the scheduler")
+    family: Literal["auto", "sd1", "sd2", "sdxl", "sd3"] = Field("auto", description="model family; `auto` reads it from the files")
+    prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
+        "auto", description="what the UNet predicts; `auto` reads it from the files, or measures it where they don't say"
+    )
+    zero_terminal_snr: bool | None = Field(
+        None, description="noise schedule rescaled to pure noise at its end (arXiv:2305.08891); None reads it from the files"
+    )
+    clip_skip: int = Field(1, ge=1, le=4, description="SD1 only: which layer of the text encoder is used, counted from the end")
+    text_encoders: Path | None = Field(
+        None, description="SD3 only: folder with clip_l, clip_g and t5xxl for a single file that lacks them, and the T5 tokenizer"
+    )
+    t5: Literal["auto", "skip", "8bit"] = Field(
+        "auto", description="SD3's largest text encoder: used where it is there, left out (zeros in its place), or loaded in 8 bits"
+    )
+    merge: tuple[MergeConfig, ...] = Field((), description="LoRA files that are merged into the base before training")
 
 
 class DataConfig(Strict):
@@ -62,6 +89,10 @@ class DatasetConfig(Strict):
     keep_tags: int = Field(1, ge=0, description="this many leading parts stay in place (and are never dropped)")
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of visits with an empty caption")
     tag_dropout: float = Field(0.0, ge=0, lt=1, description="share of the movable parts left out at each visit")
+    text_windows: int = Field(
+        3, ge=1, le=3, description="captions longer than 75 tokens take up to this many windows of 75; the rest is cut"
+    )
+    prompt_weights: bool = Field(False, description="(word:1.2) and [word] in captions and sample prompts weigh words as in AUTOMATIC1111")
 
     @field_validator("background")
     @classmethod
@@ -86,20 +117,61 @@ class DatasetConfig(Strict):
         return value
 
 
+class BlockConfig(Strict):
+    """What a block of layers has for its own; it holds for all of them, 3x3 convolutions too."""
+
+    rank: int | None = Field(None, ge=0, le=1024, description="None: as elsewhere; 0 leaves the block as it is")
+    alpha: float | None = Field(None, gt=0, le=4096, description="scale is alpha / rank; None keeps the scale that it has elsewhere")
+    rate: float = Field(1.0, ge=0, le=10, description="multiplies the part's learning rate")
+
+
 class LoraConfig(Strict):
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): W + alpha / rank * up @ down."""
+    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): W + alpha / rank * up @ down.
+
+    LoCon is the same on convolutions, those larger than 1x1 with a rank of their own. `blocks` go by the start of a layer's name: part
+    and module path, cut at a dot, such as `unet.mid_block` or `text_1.encoder.layers.0`. Of those that fit the longest holds, alone.
+    """
 
     kind: Literal["lora"] = "lora"
     rank: int = Field(16, ge=1, le=1024, description="a layer smaller than this gets a smaller rank")
     alpha: float = Field(16.0, gt=0, le=4096, description="scale is alpha / rank; at alpha = rank it is 1")
+    conv_rank: int | None = Field(None, ge=1, le=1024, description="rank of convolutions larger than 1x1 (LoCon); None takes rank")
+    conv_alpha: float | None = Field(None, gt=0, le=4096, description="alpha of those; None gives them the scale of all others")
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[Targets, ...] = Field(("attention",), min_length=1, description="kinds of layers that get an adapter")
-    start: Path | None = Field(None, description="a LoRA file of this rank from which training starts; None starts from no change")
+    start: Path | None = Field(
+        None, description="a LoRA file from which training starts, its layers with its ranks; None starts from no change"
+    )
+    blocks: dict[str, BlockConfig] = Field({}, description="ranks and learning-rate weights of blocks of layers, by the block's name")
 
     @field_validator("start", mode="before")
     @classmethod
     def _unset(cls, value: Any) -> Any:
         return None if isinstance(value, str) and not value.strip() else value
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """Take names with and without quotes: in TOML, dots outside of quotes nest."""
+        if not isinstance(value, dict):
+            return value
+        found = _dotted(value, "")
+        if "" in found:
+            raise ValueError("must hold one table for each block, such as [adapter.blocks.unet.mid_block]")
+        return found
+
+
+def _dotted(node: dict[str, Any], name: str) -> dict[str, Any]:
+    """{dotted name: settings} of nested tables; what is no table is a setting of the block that holds it."""
+    own = {k: v for k, v in node.items() if not isinstance(v, dict | BlockConfig)}
+    out: dict[str, Any] = {name: own} if own else {}
+    for key, value in node.items():
+        below = f"{name}.{key}" if name else key
+        if isinstance(value, BlockConfig):
+            out[below] = value
+        elif isinstance(value, dict):
+            out |= _dotted(value, below) or {below: {}}
+    return out
 
 
 # A union with the discriminator `kind` as soon as there is a second adapter; pydantic refuses a union of one.
@@ -120,9 +192,18 @@ class TextPartConfig(PartConfig):
     learning_rate: float = Field(5e-5, gt=0, le=10, description="peak learning rate (1.0 is usual for Prodigy)")
 
 
+class SecondTextPartConfig(TextPartConfig):
+    """The larger text encoder: left alone unless asked for."""
+
+    train: bool = False
+
+
 class PartsConfig(Strict):
+    """`unet`: the denoiser (SD3's transformer too); `text_1`: CLIP; `text_2`: SDXL's and SD3's second text encoder."""
+
     unet: PartConfig = PartConfig()
     text_1: TextPartConfig = TextPartConfig()
+    text_2: SecondTextPartConfig = SecondTextPartConfig()
 
 
 class AdamWConfig(Strict):
@@ -164,8 +245,14 @@ class ScheduleConfig(Strict):
 
 
 class LossConfig(Strict):
+    """How the loss is weighted over the timesteps. The last four are for flow matching (SD3) alone, the first for the others."""
+
     min_snr_gamma: float | None = Field(5.0, gt=0, description="min-SNR weighting (arXiv:2303.09556); None switches it off")
     noise_offset: float = Field(0.0, ge=0, le=1, description="adds this much noise that is constant over each channel of a latent")
+    timesteps: Literal["logit_normal", "uniform"] = Field("logit_normal", description="SD3: how timesteps are drawn (arXiv:2403.03206)")
+    logit_mean: float = Field(0.0, ge=-3, le=3, description="SD3: above 0 draws more of the noisy timesteps")
+    logit_std: float = Field(1.0, gt=0, le=3, description="SD3: spread of the logit-normal distribution")
+    shift: float | None = Field(None, gt=0, le=12, description="SD3: timestep shift; None takes the base's own (3)")
 
 
 class LoopConfig(Strict):
@@ -187,6 +274,7 @@ class PreviewConfig(Strict):
     )
     enabled: bool = True
     prompts: tuple[str, ...] = Field((), description="empty: made from the data")
+    quality: str = Field("", description="words put before each prompt that is made from the data, such as `masterpiece, best quality`")
     negative: str = ""
     steps: int = Field(20, ge=1, le=200)
     guidance: float = Field(7.0, ge=1, le=30)
@@ -204,8 +292,14 @@ class ValidationConfig(Strict):
 
 class OutputConfig(Strict):
     name: str = Field("lora", description="file name of the LoRA, without ending")
-    naming: Literal["kohya", "peft"] = Field("kohya", description="kohya: for A1111, Forge, ComfyUI and all others; peft: for diffusers")
+    naming: Literal["kohya", "peft"] = Field(
+        "kohya", description="kohya: for A1111, Forge, ComfyUI and all others; peft: for diffusers (of SD3, kohya writes both files)"
+    )
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    thumbnail: bool = Field(False, description="put a small picture of the newest preview into the LoRA's metadata")
+    sidecars: tuple[Literal["json", "png"], ...] = Field(
+        ("json",), description="beside the LoRA: json, a card with the trigger words for the web UIs; png, the newest preview"
+    )
     save_every: int | None = Field(
         None,
         ge=0,
@@ -213,6 +307,10 @@ class OutputConfig(Strict):
     )
     checkpoint_every: int = Field(100, ge=0, description="write a resumable checkpoint every this many steps; 0: only at the end")
     keep_checkpoints: int = Field(2, ge=1, description="resumable checkpoints that are kept (exported LoRAs are never pruned)")
+    thumbnail: bool = Field(False, description="put a small picture of the last sample into the LoRA's metadata")
+    sidecars: tuple[Literal["json", "png"], ...] = Field(
+        ("json",), description="files beside the LoRA: NAME.json tells web UIs the trigger word, NAME.png shows the last sample"
+    )
     title: str = ""
     author: str = ""
     description: str = ""
@@ -251,11 +349,18 @@ class TrainConfig(Strict):
     def _together(self) -> TrainConfig:
         if not any(d.kind == "train" for d in self.data):
             raise ValueError("no [[data]] folder has kind = train; add one with the images to learn from.")
-        rates = [p.learning_rate for p in (self.part.unet, self.part.text_1) if p.train]
+        trained = [part for _, part in self.part if part.train]
+        rates = [p.learning_rate for p in trained]
         if not rates:
             raise ValueError("no part is trained; set part.unet.train or part.text_1.train to true.")
-        if all(p.stop < 1 for p in (self.part.unet, self.part.text_1) if p.train):
+        if all(p.stop < 1 for p in trained):
             raise ValueError("no part is trained to the end of the run; set part.unet.stop or part.text_1.stop to 1.")
+        if self.model.prediction == "epsilon" and self.model.zero_terminal_snr:
+            raise ValueError("no noise can be told from pure noise: model.zero_terminal_snr needs model.prediction = v_prediction.")
         if self.optimizer.kind == "prodigy" and len(set(rates)) > 1:
             raise ValueError("The learning rates of the trained parts differ; Prodigy needs one rate for all. Set each to 1.")
+        if self.optimizer.kind == "prodigy" and any(block.rate not in (0, 1) for block in self.adapter.blocks.values()):
+            raise ValueError(
+                "The rates of adapter.blocks differ; Prodigy needs one rate for all. Set each to 1, or to 0 to freeze a block."
+            )
         return self

@@ -31,15 +31,33 @@ def presets() -> dict[str, Path]:
     return {p.relative_to(PRESETS).with_suffix("").as_posix(): p for p in sorted(PRESETS.glob("*/*.toml"))}
 
 
+def overlays(family: str) -> dict[str, Path]:
+    """What may be laid on a family's presets, by its name: `anime` in `sdxl/balanced+anime`."""
+    return {p.stem: p for p in sorted((PRESETS / family / "with").glob("*.toml"))}
+
+
 def read_preset(name: str) -> dict[str, Any]:
-    """The settings of a preset (its [about] table left out). Raises ConfigError for an unknown name."""
+    """The settings of a preset `family/name`, or of one with overlays, `family/name+overlay+overlay`; [about] is left out.
+
+    An overlay has the table [all] for every preset of its family, and one for each preset that gets more. Raises ConfigError for an
+    unknown name.
+    """
+    base, *over = name.split("+")
     known = presets()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
+    if base not in known:
+        near = difflib.get_close_matches(base, known, 1)
         hint = f" Did you mean {near[0]}?" if near else f" There are: {', '.join(known)}."
         raise ConfigError({"preset": f"preset is {name!r}, which does not exist.{hint}"})
-    values = tomllib.loads(known[name].read_text(encoding="utf-8"))
+    values = tomllib.loads(known[base].read_text(encoding="utf-8"))
     values.pop("about", None)
+    family, _, stem = base.partition("/")
+    there = overlays(family)
+    for one in over:
+        if one not in there:
+            hint = f"There are: {', '.join(there)}." if there else f"{family} has none."
+            raise ConfigError({"preset": f"preset is {name!r}, where {one!r} cannot be added. {hint}"})
+        own = tomllib.loads(there[one].read_text(encoding="utf-8"))
+        values = merge(merge(values, own.get("all", {})), own.get(stem, {}))
     return values
 
 
@@ -119,21 +137,28 @@ def load(
 
 
 def _absolute(values: dict[str, Any], root: Path) -> dict[str, Any]:
-    """`values` with relative data folders and start file, and a relative path of a base that exists, taken from `root`: a run's
+    """`values` with every relative path taken from `root`, that of a base only where it exists (it may be a hub id): a run's
     config.json must mean the same wherever it is resumed."""
+
+    def at_root(table: Any, key: str, may_be_empty: bool = False) -> Any:
+        path = table.get(key) if isinstance(table, dict) else None
+        given = isinstance(path, str) and (may_be_empty or path.strip())
+        return table | {key: str(root / Path(path).expanduser())} if given else table
+
     out = dict(values)
     if isinstance(values.get("data"), list):
-        known = [isinstance(e, dict) and isinstance(e.get("folder"), str) for e in values["data"]]
-        pairs = zip(values["data"], known, strict=True)
-        out["data"] = [e | {"folder": str(root / Path(e["folder"]).expanduser())} if ok else e for e, ok in pairs]
-    adapter = values.get("adapter")
-    if isinstance(adapter, dict) and isinstance(start := adapter.get("start"), str) and start.strip():
-        out["adapter"] = adapter | {"start": str(root / Path(start).expanduser())}
-    model = values.get("model")
-    if isinstance(model, dict) and isinstance(source := model.get("source"), str) and source not in ("", "demo"):
-        local = root / Path(source).expanduser()
-        if len(source) < 1000 and "\0" not in source and local.exists():
-            out["model"] = model | {"source": str(local)}
+        out["data"] = [at_root(e, "folder", may_be_empty=True) for e in values["data"]]
+    if "adapter" in values:
+        out["adapter"] = at_root(values["adapter"], "start")
+    if isinstance(model := values.get("model"), dict):
+        model = at_root(model, "text_encoders")
+        if isinstance(model.get("merge"), list):
+            model = model | {"merge": [at_root(e, "file") for e in model["merge"]]}
+        if isinstance(source := model.get("source"), str) and source not in ("", "demo"):
+            local = root / Path(source).expanduser()
+            if len(source) < 1000 and "\0" not in source and local.exists():
+                model = model | {"source": str(local)}
+        out["model"] = model
     return out
 
 

@@ -7,6 +7,12 @@ from dataclasses import dataclass
 
 MERGE_LOSS = 0.06  # share of an image's area that it may lose to join a fuller bucket
 
+STEP = 64  # sides are multiples of this unless the user says otherwise
+SMALL = 256  # below this resolution steps are finer: the toy base is trained at 128 pixels
+# The finest step that a family is trained at, and below SMALL pixels. SD3's transformer reads patches of 16 pixels, so no other size
+# has a place in it; the UNets of SD1 and SD2 halve the latent three times, SDXL's twice (sd-scripts asserts the same 64 and 32).
+FINEST = {"sd1": (64, 8), "sd2": (64, 8), "sdxl": (32, 8), "sd3": (32, 16)}
+
 Size = tuple[int, int]  # (width, height)
 
 
@@ -19,6 +25,21 @@ class Placement:
     box: tuple[float, float, float, float]  # left, top, right, bottom in source pixels: centred, of the bucket's aspect
     scale: float  # bucket pixels per source pixel; above 1 the image is enlarged
     kept: float  # share of the image's area inside the box, (0, 1]
+
+
+def step_of(resolution: int, wanted: int | None = None, family: str | None = None) -> int:
+    """What bucket sides are multiples of, in pixels: `wanted`, or else 64, and 8 (SD3: 16) below 256 pixels.
+
+    Raises ValueError for one that is no multiple of the finest step of `family`.
+    """
+    finest = FINEST.get(family or "", (8, 8))[resolution < SMALL]
+    step = wanted or (finest if resolution < SMALL else STEP)
+    if step % finest:
+        raise ValueError(
+            f"dataset.bucket_step is {step}; at a resolution of {resolution} pixels this base takes multiples of {finest}. "
+            f"Set dataset.bucket_step to {finest} or {2 * finest}, or leave it empty."
+        )
+    return step
 
 
 def place(sizes: Sequence[Size], *, resolution: int, step: int, max_aspect: float, batch_size: int) -> list[Placement]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 import torch
@@ -11,11 +11,13 @@ from trainer.config import TrainConfig
 from trainer.data.buckets import Placement
 from trainer.data.images import crop, open_rgb
 from trainer.data.scan import Image
-from trainer.families import Cond, Family, Models
+from trainer.families import WINDOW, Family, Models, States
+from trainer.families.clip import Tokens
+from trainer.families.common import TEXT_ROWS
 from trainer.plan import Plan
 from trainer.step import Batch
 
-TEXT_BUDGET = 2**30  # bytes of cached text states; above it the encoder stays and encodes each step
+TEXT_BUDGET = 2**30  # bytes of an encoder's cached states; above it the encoder stays and encodes each step
 ENCODE_PIXELS = 512 * 512 * 2  # at most this many pixels pass through the VAE in one batch
 
 
@@ -50,12 +52,80 @@ def encode_images(
     return out
 
 
-@torch.no_grad()
-def encode_captions(family: Family, models: Models, captions: Sequence[str]) -> Cond:
-    """Text states of every caption, (N, T, D) on the device, by the encoders as they are now."""
-    with models.borrow(*(p for p in family.parts if p != "unet")):
-        tokens = family.tokenize(models, captions).to(models.device)
-        return Cond(torch.cat([family.encode_text(models, chunk).hidden for chunk in tokens.split(32)]))
+class Texts:
+    """Captions as the denoiser will be told of them: cached states of frozen encoders, tokens for the others. Rows go by index.
+
+    Args:
+        trained: the encoders that may carry an adapter; they read their tokens anew at each step.
+    """
+
+    def __init__(self, family: Family, models: Models, captions: Sequence[str], trained: Container[str] = ()) -> None:
+        self.family, self.models = family, models
+        self.held: dict[str, States | Tokens] = {}
+        self.windows: list[int] = []
+        self.empty: dict[str, States | Tokens] = {}
+        for part in models.text:
+            width = getattr(models.module(part).config, "hidden_size", None) or models.module(part).config.d_model
+            live = part in trained or len(captions) * models.windows * WINDOW * width * 4 > TEXT_BUDGET
+            self.empty[part] = self._read(part, [""], live)[0]
+        self.extend(captions)
+
+    @property
+    def live(self) -> set[str]:
+        """The encoders that read at each step."""
+        return {part for part, held in self.empty.items() if isinstance(held, Tokens)}
+
+    def _read(self, part: str, captions: Sequence[str], live: bool) -> tuple[States | Tokens, list[int]]:
+        tokens = self.family.tokenize(self.models, part, captions)
+        windows, tokens = list(tokens.windows), tokens.to(self.models.device)
+        if live:
+            return tokens, windows
+        with torch.no_grad(), self.models.borrow(part):
+            pieces = torch.arange(len(captions), device=self.models.device).split(TEXT_ROWS)
+            found = [self.family.encode_text(self.models, part, tokens.rows(p)) for p in pieces]
+        return States(
+            torch.cat([f.hidden for f in found]), None if found[0].pooled is None else torch.cat([f.pooled for f in found])
+        ), windows
+
+    def extend(self, captions: Sequence[str]) -> None:
+        """Add captions. They are encoded by themselves, so that whoever adds the same ones in the same order has the same states."""
+        if not captions:
+            return
+        most = [1] * len(captions)
+        for part, empty in self.empty.items():
+            new, windows = self._read(part, captions, isinstance(empty, Tokens))
+            most = [max(pair) for pair in zip(most, windows, strict=True)]
+            self.held[part] = _stacked(self.held[part], new, empty) if part in self.held else new
+        self.windows += most
+
+    def rows(self, index: torch.Tensor, captions: Sequence[int]) -> dict[str, States | Tokens]:
+        """The rows `index`, on the device, which are `captions`: cut to the windows that the longest of them has."""
+        windows = max(self.windows[k] for k in captions)
+        return {part: held.rows(index, windows) for part, held in self.held.items()}
+
+
+def _stacked(first: States | Tokens, second: States | Tokens, empty: States | Tokens) -> States | Tokens:
+    """Both, one after the other; the one with fewer windows is filled up with empty ones."""
+
+    def wide(x: torch.Tensor, blank: torch.Tensor, columns: int) -> torch.Tensor:
+        times = (columns - x.shape[1]) // WINDOW
+        fill = blank[:, :WINDOW].expand(len(x), *blank.shape[1:]) if times else blank
+        return torch.cat([x, *[fill] * times], 1)
+
+    def joined(a: torch.Tensor, b: torch.Tensor, blank: torch.Tensor) -> torch.Tensor:
+        columns = max(a.shape[1], b.shape[1])
+        return torch.cat([wide(a, blank, columns), wide(b, blank, columns)])
+
+    if isinstance(first, States):
+        pooled = None if first.pooled is None else torch.cat([first.pooled, second.pooled])
+        return States(joined(first.hidden, second.hidden, empty.hidden), pooled)
+    weights = [None if t.weights is None else t.weights for t in (first, second)]
+    if any(w is not None for w in weights):
+        full = [torch.ones(t.ids.shape, device=t.ids.device) if w is None else w for t, w in zip((first, second), weights, strict=True)]
+        weights = joined(*full, torch.ones(empty.ids.shape, device=empty.ids.device))
+    else:
+        weights = None
+    return Tokens(joined(first.ids, second.ids, empty.ids), weights, (*first.windows, *second.windows))
 
 
 class Store:
@@ -67,7 +137,7 @@ class Store:
         plan: Plan,
         family: Family,
         models: Models,
-        text_trains: bool,
+        trained: Container[str],
     ) -> None:
         found = encode_images(family, models, plan.images, plan.placements, config.dataset.background, config.dataset.flip)
         place_of: dict[tuple[int, bool], int] = {}
@@ -78,14 +148,10 @@ class Store:
             stack.append(moments)
         self.place_of = place_of
         self.latents = {size: tuple(torch.stack(x) for x in zip(*rows, strict=True)) for size, rows in stacks.items()}
-        self.tokens, self.cond = None, None
-        hidden = getattr(getattr(models.parts["text_1"], "config", None), "hidden_size", 768)
-        tokens = family.tokenize(models, plan.captions)
-        if text_trains or tokens.numel() * hidden * 4 > TEXT_BUDGET:
-            self.tokens = tokens.to(models.device)
-        else:
-            self.cond = encode_captions(family, models, plan.captions)
         self.family, self.models, self.known = family, models, len(plan.captions)
+        self.text = Texts(family, models, plan.captions, trained)
+        sizes = {(k, flip): family.size((plan.images[k].width, plan.images[k].height), plan.placements[k], flip) for k, flip in place_of}
+        self.sizes_of = None if None in sizes.values() else sizes
         self.image_weights = [config.data[i.source].weight for i in plan.images]
         self._lay(plan)
 
@@ -93,20 +159,19 @@ class Store:
         weights, device = self.image_weights, self.models.device
         self.sizes = [plan.bucket(rows[0].image) for rows in plan.steps]
         self.total_weight = [sum(weights[r.image] for r in rows) for rows in plan.steps]
-        table = [[(self.place_of[r.image, r.flip], r.caption, weights[r.image]) for r in rows] for rows in plan.steps]
-        self.index = [torch.tensor([[a, b] for a, b, _ in rows], device=device) for rows in table]
-        self.weights = [torch.tensor([w for _, _, w in rows], device=device) for rows in table]
+        self.captions = [[r.caption for r in rows] for rows in plan.steps]
+        self.index = [torch.tensor([[self.place_of[r.image, r.flip], r.caption] for r in rows], device=device) for rows in plan.steps]
+        self.weights = [torch.tensor([weights[r.image] for r in rows], device=device) for rows in plan.steps]
+        self.told_sizes = None
+        if self.sizes_of:
+            self.told_sizes = [torch.tensor([self.sizes_of[r.image, r.flip] for r in rows], device=device) for rows in plan.steps]
 
     def extend(self, plan: Plan) -> None:
         """Serve the steps of `plan`, which goes on from the one so far (trainer.plan.relaid): its new captions are added.
 
         They are encoded by themselves, so that a resumed run, which extends in the same order, has the same states to the last bit.
         """
-        new = plan.captions[self.known :]
-        if new and self.cond is not None:
-            self.cond = Cond(torch.cat([self.cond.hidden, encode_captions(self.family, self.models, new).hidden]))
-        elif new:
-            self.tokens = torch.cat([self.tokens, self.family.tokenize(self.models, new).to(self.models.device)])
+        self.text.extend(plan.captions[self.known :])
         self.known = len(plan.captions)
         self._lay(plan)
 
@@ -114,6 +179,11 @@ class Store:
         """The rows of step `n`, all of them: every process draws for the whole batch and takes its part."""
         mean, std = self.latents[self.sizes[n]]
         image, caption = self.index[n].unbind(1)
-        cond = self.cond.rows(caption) if self.cond else None
-        tokens = None if self.tokens is None else self.tokens.index_select(0, caption)
-        return Batch(mean.index_select(0, image), std.index_select(0, image), self.weights[n], cond, tokens)
+        text = self.text.rows(caption, self.captions[n])
+        size = self.told_sizes and self.told_sizes[n]
+        return Batch(mean.index_select(0, image), std.index_select(0, image), self.weights[n], text, size)
+
+    def some_latents(self, count: int = 8) -> torch.Tensor:
+        """`count` latents of the images of one bucket, (count, C, h, w), the same ones again where it has fewer."""
+        found = next(iter(self.latents.values()))[0]
+        return found[torch.arange(count, device=found.device) % len(found)]

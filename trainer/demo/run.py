@@ -129,18 +129,14 @@ Took           {result["seconds"]["total"]:.0f} s""")
 def _before_and_after(lora: Path, prompts: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
     """{prompt: (base alone, with the LoRA)}: the exported file, loaded by diffusers' own loader as another tool would."""
     import torch
-    from diffusers import StableDiffusionPipeline
 
     from trainer import families
 
     family = families.get("sd1")
-    models = family.load(DEMO / "base", torch.float32, torch.device("cpu"), "auto", "sdpa")
+    models = family.load(DEMO / "base", torch.float32, torch.device("cpu"))
     seeds = [1000 + k for k in range(len(prompts))]
     before = family.sample(models, prompts, seeds, **SAMPLING)
-    unet, text = models.parts["unet"], models.parts["text_1"]
-    StableDiffusionPipeline(models.vae, text, models.tokenizer, unet, None, None, None, requires_safety_checker=False).load_lora_weights(
-        lora.parent, weight_name=lora.name
-    )
+    family.pipeline(models).load_lora_weights(lora.parent, weight_name=lora.name)
     after = family.sample(models, prompts, seeds, **SAMPLING)
     return {p: (a, b) for p, a, b in zip(prompts, before, after, strict=True)}
 

@@ -15,13 +15,19 @@ from typing import Any
 from trainer.config.load import ROOT
 from trainer.formats import FormatError
 from trainer.formats.metadata import read_header
-from trainer.formats.probe import identify
+from trainer.formats.probe import identify, weight_files
 
 DEMO = ROOT / "assets" / "demo" / "base"
-FAMILIES = ("sd1",)
-# The weights of each part of a diffusers folder, whole or in numbered pieces: what the loaders open, and all that is fetched of them.
-WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-PIECES = r"(-\d+-of-\d+)?\.safetensors"
+UNET_PARTS = ("unet", "vae", "text_encoder")
+# What a diffusers folder of each family holds: what the loaders open, and all that is fetched. SD3's T5 may be missing.
+FAMILIES = {
+    "sd1": UNET_PARTS,
+    "sd2": UNET_PARTS,
+    "sdxl": (*UNET_PARTS, "text_encoder_2"),
+    "sd3": ("transformer", "vae", "text_encoder", "text_encoder_2"),
+}
+T5 = "text_encoder_3"
+CHOOSE = "Choose a base model of Stable Diffusion 1.x, 2.x, XL, 3 or 3.5."
 
 
 class SourceError(ValueError):
@@ -49,11 +55,11 @@ def family_of(path: Path, wanted: str) -> str:
     try:
         found = identify(path)
         if found.kind not in FAMILIES:
-            raise SourceError(f"model.source is {path}, which is {found.what}. Choose a Stable Diffusion 1.x base model.")
+            raise SourceError(f"model.source is {path}, which is {found.what}. {CHOOSE}")
         if wanted not in ("auto", found.kind):
             raise SourceError(f"model.family is {wanted!r}, but {path} is {found.kind}. Set model.family to auto.")
         if path.is_dir():
-            _check_folder(path)
+            _check_folder(path, found.kind)
     except OSError as error:
         raise SourceError(f"model.source is {path}, which cannot be read ({error.strerror or error}). Make it readable for you.") from None
     return found.kind
@@ -70,22 +76,24 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 200 else f"{text[:200]} ...")
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path, family: str) -> None:
     """Raise SourceError for the first file of a diffusers folder that is missing or damaged: the loaders' own words name no remedy."""
     again = "Download or copy the model again."
-    for name in (*(f"{part}/config.json" for part in WEIGHTS), "scheduler/scheduler_config.json"):
+    parts = FAMILIES[family]
+    for name in (*(f"{part}/config.json" for part in parts), "scheduler/scheduler_config.json"):
         try:
             json.loads((path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise SourceError(f"model.source is {path}, where {name} is missing or cannot be read. {again}") from None
-    words = {p.name for p in (path / "tokenizer").glob("*")}
-    if "tokenizer.json" not in words and not {"vocab.json", "merges.txt"} <= words:
-        raise SourceError(f"model.source is {path}, where tokenizer/ has neither tokenizer.json nor vocab.json and merges.txt. {again}")
-    for part, stem in WEIGHTS.items():
+    for folder in (part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")):
+        words = {p.name for p in (path / folder).glob("*")}
+        if "tokenizer.json" not in words and not {"vocab.json", "merges.txt"} <= words:
+            raise SourceError(f"model.source is {path}, where {folder}/ has neither tokenizer.json nor vocab.json and merges.txt. {again}")
+    for part in (*parts, T5) if _has(path, T5) else parts:
         names = sorted(p.name for p in (path / part).iterdir())
-        pieces = [n for n in names if re.fullmatch(stem + PIECES, n)]
-        if not pieces:
-            raise SourceError(f"model.source is {path}, where {_no_weights(part, names)}")
+        pieces = weight_files(names)
+        if why := _incomplete(part, names, pieces):
+            raise SourceError(f"model.source is {path}, where {why}")
         for name in pieces:
             try:
                 read_header(path / part / name)
@@ -93,9 +101,19 @@ def _check_folder(path: Path) -> None:
                 raise SourceError(f"model.source is {path}, where {part}/{error}") from None
 
 
-def _no_weights(part: str, names: Iterable[str]) -> str:
-    """The rest of a sentence on a part of which the files `names` are there, none of them weights that are read."""
-    want = f"{part}/{WEIGHTS[part]}.safetensors"
+def _has(path: Path, part: str) -> bool:
+    return (path / part).is_dir() and bool(weight_files(p.name for p in (path / part).iterdir()))
+
+
+def _incomplete(part: str, names: Iterable[str], pieces: list[str]) -> str:
+    """The rest of a sentence on a part of which the files `names` are there, `pieces` of them weights that are read; "" if complete."""
+    stem = "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+    want = f"{part}/{stem}.safetensors"
+    if pieces:
+        numbered = re.search(r"-of-(\d+)", pieces[0])
+        if not numbered or int(numbered[1]) == len(pieces):
+            return ""
+        return f"only {len(pieces)} of the {int(numbered[1])} pieces of {want} are there. Download or copy the model again."
     if other := [n for n in names if n.endswith(".safetensors")]:
         return f"{want} is missing; {other[0]} is not read. Choose a model that has it, or copy that file under this name."
     if pickles := [n for n in names if n.endswith((".bin", ".ckpt", ".pt"))]:
@@ -136,7 +154,8 @@ def fetch(
         if missing:
             licence = (info.card_data.get("license") if info.card_data else None) or "none stated"
             size = sum(f.size or 0 for f in missing)
-            text = f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(1, round(size / 1e6))} MB"
+            t5 = sum(f.size or 0 for f in missing if f.rfilename.startswith(f"{T5}/"))
+            text = f"{_size(size)}, {_size(t5)} of it for the T5 text encoder" if t5 else _size(size)
             say(f"Downloading {repo} from huggingface.co: about {text}, licence: {licence}.")
             return Path(snapshot_download(repo, allow_patterns=[f.rfilename for f in files]))
         return _cached(repo, anchor, info.sha).parent
@@ -158,21 +177,42 @@ def fetch(
         raise SourceError(f"{nothing}, and {why}. {remedy}, or give the path of a model on this machine.") from None
 
 
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(1, round(size / 1e6))} MB"
+
+
 def _wanted(repo: str, siblings: list[Any]) -> list[Any]:
-    """The files of a hub repository that the loaders open. Raises SourceError for a repository that cannot be loaded."""
+    """The files of a hub repository that the loaders open. Raises SourceError for a repository that cannot be loaded.
+
+    What it is, is read from two small files, which are fetched first.
+    """
+    from huggingface_hub import hf_hub_download
+
     names = [f.rfilename for f in siblings]
     if "model_index.json" not in names:
         raise SourceError(
             f"model.source is {repo!r}, a hub repository without model_index.json. Choose one in diffusers format, or download a "
             ".safetensors checkpoint and give its path."
         )
-    weights = {part: re.compile(f"{part}/{stem}{PIECES}") for part, stem in WEIGHTS.items()}
-    for part, pattern in weights.items():
-        if not any(pattern.fullmatch(n) for n in names):
-            there = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
-            raise SourceError(f"model.source is {repo!r}, a hub repository where {_no_weights(part, there)}")
-    texts = re.compile(rf"model_index\.json|({'|'.join(WEIGHTS)}|tokenizer|scheduler)/[^/]+\.(json|txt)")
-    return [f for f in siblings if any(p.fullmatch(f.rfilename) for p in (texts, *weights.values()))]
+    for name in ("unet/config.json", "transformer/config.json", "model_index.json"):
+        if name in names:
+            index = Path(hf_hub_download(repo, name))
+    try:
+        found = identify(index.parent)
+    except FormatError as error:
+        raise SourceError(f"model.source is {repo!r}, a hub repository that cannot be read: {error}") from None
+    if found.kind not in FAMILIES:
+        raise SourceError(f"model.source is {repo!r}, which is {found.what}. {CHOOSE}")
+    folders = {part: [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")] for part in (*FAMILIES[found.kind], T5)}
+    weights = {part: weight_files(there) for part, there in folders.items()}
+    for part in FAMILIES[found.kind]:
+        if why := _incomplete(part, folders[part], weights[part]):
+            raise SourceError(f"model.source is {repo!r}, a hub repository where {why}")
+    parts = [part for part, pieces in weights.items() if pieces]
+    folders = [*parts, "scheduler", *(p.replace("text_encoder", "tokenizer") for p in parts if p.startswith("text_encoder"))]
+    texts = re.compile(rf"model_index\.json|({'|'.join(folders)})/[^/]+\.(json|txt)|tokenizer_3/spiece\.model")
+    chosen = {f"{part}/{piece}" for part in parts for piece in weights[part]}
+    return [f for f in siblings if texts.fullmatch(f.rfilename) or f.rfilename in chosen]
 
 
 def _cached(repo: str, name: str, revision: str | None) -> Path | None:
@@ -184,7 +224,7 @@ def _cached(repo: str, name: str, revision: str | None) -> Path | None:
 
 def _is_complete(path: Path) -> bool:
     try:
-        _check_folder(path)
-    except (SourceError, OSError):
+        _check_folder(path, identify(path).kind)
+    except (FormatError, SourceError, KeyError, OSError):
         return False
     return True

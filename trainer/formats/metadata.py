@@ -6,7 +6,9 @@ last name. Sources: kohya-ss/sd-scripts `library/train_util.py`, Stability-AI/Mo
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 import re
 import struct
@@ -20,15 +22,25 @@ from trainer.formats import FormatError
 
 # What tells the readers which family a file is for: all of these together, some readers look at one key only.
 VERSIONS = {
-    "sd1": {
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": "False",
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "modelspec.implementation": "diffusers",
+    version: {
+        "ss_base_model_version": base,
+        "ss_v2": str(version.startswith("sd2")),
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if version == "sdxl" else "diffusers",
+        "ss_network_module": "networks.lora_sd3" if version.startswith("sd3") else "networks.lora",
     }
+    for version, base, architecture in (
+        ("sd1", "sd_v1", "stable-diffusion-v1"),
+        ("sd2", "sd_v2", "stable-diffusion-v2-512"),
+        ("sd2_v", "sd_v2_v", "stable-diffusion-v2-768-v"),
+        ("sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+        ("sd3_medium", "sd3_medium", "stable-diffusion-3-medium"),
+        ("sd3.5_medium", "sd3.5_medium", "stable-diffusion-3-5-medium"),
+        ("sd3.5_large", "sd3.5_large", "stable-diffusion-3-5-large"),
+    )
 }
-SIDECAR_VERSIONS = {"sd1": "SD1"}
-RATE_KEYS = {"unet": "ss_unet_lr", "text_1": "ss_text_encoder_lr"}
+SIDECAR_VERSIONS = {"sd1": "SD1", "sd2": "SD2", "sdxl": "SDXL", "sd3": "Unknown"}  # the web UIs' list has no SD3
+THUMBNAIL = 384  # pixels of the longer side; SD.Next shows 512, and ComfyUI serves no header over 1 MiB
 # What people ask of a file: label -> key
 SHOWN = {
     "title": "modelspec.title",
@@ -68,7 +80,9 @@ class Facts:
 
     Attributes:
         base: name or path of the base model.
-        prediction: `epsilon` or `v_prediction`.
+        prediction: `epsilon`, `v_prediction` or `flow`.
+        zero_terminal_snr: whether the noise schedule ended in pure noise; None where there is no such schedule.
+        conv_rank, conv_alpha: those of convolutions, where they have their own.
         learning_rates: peak rate for each trained part.
         buckets: {(width, height) in pixels: images}.
         resolution: side of the square of the trained area, in pixels.
@@ -79,6 +93,10 @@ class Facts:
     rank: int
     alpha: float
     prediction: str = "epsilon"
+    zero_terminal_snr: bool | None = None
+    clip_skip: int | None = None
+    conv_rank: int | None = None
+    conv_alpha: float | None = None
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     steps: int | None = None
     batch_size: int | None = None
@@ -105,8 +123,13 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def build(family: str, facts: Facts, name: str) -> dict[str, str]:
-    """The metadata of a file called `name` (without ending), but for its hashes.
+def version_of(family: str, prediction: str = "", variant: str = "sd3.5_medium") -> str:
+    """The key of VERSIONS for a file of `family`; `variant`: which SD3 it is."""
+    return {"sd2": "sd2_v" if prediction == "v_prediction" else "sd2", "sd3": variant}.get(family, family)
+
+
+def build(version: str, facts: Facts, name: str, thumbnail: str = "") -> dict[str, str]:
+    """The metadata of a file called `name` (without ending) for a base of `version`, a key of VERSIONS, but for its hashes.
 
     kohya's folder names are `REPEATS_name`; here the repeats are the visits of the whole run, which is one epoch.
     """
@@ -118,14 +141,20 @@ def build(family: str, facts: Facts, name: str) -> dict[str, str]:
         folders[key] = f
     tags = {key: Counter(t.strip() for c in f.captions for t in c.split(",") if t.strip()) for key, f in folders.items()}
     unet_rate = facts.learning_rates.get("unet", next(iter(facts.learning_rates.values()), None))
+    text_rates = [rate for part, rate in facts.learning_rates.items() if part != "unet"]
+    convolutions = {k: str(v) for k, v in (("conv_dim", facts.conv_rank), ("conv_alpha", facts.conv_alpha)) if v}
     day = facts.finished_at or facts.started_at
     values = {
         "ss_output_name": name,
         "ss_sd_model_name": _last_name(facts.base),
-        "ss_network_module": "networks.lora",
         "ss_network_dim": facts.rank,
         "ss_network_alpha": float(facts.alpha),
+        "ss_network_args": _json(convolutions) if convolutions else None,
         "ss_learning_rate": unet_rate,
+        "ss_unet_lr": facts.learning_rates.get("unet"),
+        "ss_text_encoder_lr": text_rates if len(set(text_rates)) > 1 else next(iter(text_rates), None),
+        "ss_zero_terminal_snr": facts.zero_terminal_snr,
+        "ss_clip_skip": facts.clip_skip,
         "ss_optimizer": facts.optimizer,
         "ss_lr_scheduler": facts.scheduler,
         "ss_seed": facts.seed,
@@ -142,14 +171,14 @@ def build(family: str, facts: Facts, name: str) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": facts.title or name,
         "modelspec.resolution": f"{facts.resolution}x{facts.resolution}" if facts.resolution else None,
-        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[facts.prediction],
+        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v", "flow": None}[facts.prediction],
         "modelspec.date": datetime.fromtimestamp(day, UTC).isoformat(timespec="seconds") if day else None,
         "modelspec.author": facts.author,
         "modelspec.description": facts.description,
         "modelspec.license": facts.license,
         "modelspec.trigger_phrase": ", ".join(facts.trigger_words),
+        "modelspec.thumbnail": thumbnail,
     }
-    values |= {RATE_KEYS[part]: rate for part, rate in facts.learning_rates.items()}
     if folders:
         values["ss_dataset_dirs"] = _json({key: {"n_repeats": f.visits, "img_count": f.images} for key, f in folders.items()})
     if any(tags.values()):
@@ -157,12 +186,36 @@ def build(family: str, facts: Facts, name: str) -> dict[str, str]:
     if facts.buckets:
         buckets = {str(i): {"resolution": list(size), "count": n} for i, (size, n) in enumerate(facts.buckets.items())}
         values["ss_bucket_info"] = _json({"buckets": buckets})
-    return VERSIONS[family] | {k: str(v) for k, v in values.items() if v is not None and v != ""}
+    return VERSIONS[version] | {k: str(v) for k, v in values.items() if v is not None and v != ""}
 
 
-def with_family(entries: Mapping[str, str], family: str) -> dict[str, str]:
-    """`entries`, with those that tell the family where they lack them."""
-    return dict(entries) if entries.get("ss_base_model_version") else VERSIONS[family] | dict(entries)
+def with_family(entries: Mapping[str, str], version: str) -> dict[str, str]:
+    """`entries`, with those that tell the family (`version`: a key of VERSIONS) where they lack them."""
+    return dict(entries) if entries.get("ss_base_model_version") else VERSIONS[version] | dict(entries)
+
+
+def shown_as(entries: Mapping[str, str]) -> dict[str, str]:
+    """{web UI: the family that it takes a file with this metadata for}; the UIs' own rules. A1111 lists only those of the loaded one."""
+    base, architecture = entries.get("ss_base_model_version", ""), entries.get("modelspec.architecture", "")
+    second = entries.get("ss_v2") == "True"
+    forge = {"stable-diffusion-xl-v1-base/lora": "sdxl", "stable-diffusion-v1/lora": "sd1"}.get(architecture)
+    large = base.startswith("sdxl_")
+    return {
+        "AUTOMATIC1111": ("sdxl" if large else "sd2" if second else "sd1") if entries else "unknown",
+        "Forge": "sdxl" if large else "sd2" if second else forge or "unknown",
+    }
+
+
+def thumbnail(picture: Path) -> str:
+    """The picture, made small, as the data URL of a JPEG."""
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    raw = io.BytesIO()
+    small.save(raw, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(raw.getvalue()).decode()
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:

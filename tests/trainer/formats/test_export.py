@@ -1,7 +1,9 @@
 """A file is written whole and checked, or not at all."""
 
+import base64
 import errno
 import hashlib
+import io
 import json
 import os
 import struct
@@ -12,8 +14,9 @@ from safetensors.torch import load_file
 
 from trainer.adapters import Delta
 from trainer.formats import export as module
-from trainer.formats import kohya, self_check
+from trainer.formats import kohya, readers
 from trainer.formats.export import ExportError, export
+from trainer.formats.factors import relative_error
 from trainer.formats.metadata import Facts, read_header
 
 LAYERS = {
@@ -23,7 +26,7 @@ LAYERS = {
         "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2": (8, 32),
         "mid_block.resnets.0.conv1": (8, 8, 3, 3),
     },
-    "text_1": {f"encoder.layers.{i}.self_attn.{n}": (12, 12) for i in (0, 1) for n in self_check.TEXT_ATTENTION},
+    "text_1": {f"encoder.layers.{i}.self_attn.{n}": (12, 12) for i in (0, 1) for n in readers.TEXT_ATTENTION},
 }
 FACTS = Facts(base="tiny", rank=2, alpha=2.0, trigger_words=("ohwx", "cat"), description="A cat.")
 K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -63,6 +66,36 @@ def test_a_good_export(tmp_path):
 def test_no_sidecar_without_trigger_words(tmp_path):
     save(tmp_path, deltas(), facts=Facts(base="tiny", rank=2, alpha=2.0))
     assert [p.name for p in tmp_path.iterdir()] == ["cat.safetensors"]
+
+
+def test_picture_and_sidecars_on_request(tmp_path):
+    from PIL import Image
+
+    picture = tmp_path / "preview.png"
+    Image.effect_noise((1024, 768), 80).convert("RGB").save(picture)  # noise takes more bytes than any photograph
+    folder = tmp_path / "out"
+    folder.mkdir()
+    done = save(folder, deltas(), picture=picture, thumbnail=True, sidecars=("json", "png"))
+    assert sorted(p.name for p in folder.iterdir()) == ["cat.json", "cat.png", "cat.safetensors"]
+    assert [p.name for p in done.also] == ["cat.json", "cat.png"]
+    with Image.open(folder / "cat.png") as shown, Image.open(picture) as original:
+        assert (shown.size, shown.tobytes()) == (original.size, original.tobytes())
+    entries, _ = read_header(done.path)
+    head, _, data = entries["modelspec.thumbnail"].partition(",")
+    assert head == "data:image/jpeg;base64" and len(data) < 1 << 18  # ComfyUI serves headers up to 1 MiB
+    with Image.open(io.BytesIO(base64.b64decode(data))) as small:
+        assert small.size == (384, 288)
+    other = save(folder, deltas(), picture=picture, sidecars=())
+    assert other.also == () and "modelspec.thumbnail" not in read_header(other.path)[0]
+
+
+def test_what_a_tool_leaves_unread_is_told_and_saved(tmp_path):
+    """conv_in is read by all but sd-scripts: a run's work is not thrown away for that."""
+    some = [*deltas(), Delta("unet", "conv_in", "lora", {"down": torch.randn(2, 4, 3, 3), "up": torch.randn(8, 2, 1, 1)}, 1.0)]
+    done = save(tmp_path, some, layers=LAYERS | {"unet": LAYERS["unet"] | {"conv_in": (8, 4, 3, 3)}})
+    assert done.notes == ("sd-scripts would leave 3 keys unread, the first is lora_unet_conv_in.alpha.",)
+    assert done.vouched == tuple(t for t in readers.READERS if t != "sd-scripts")
+    assert sorted(done.unread["sd-scripts"]) == [f"lora_unet_conv_in.{e}" for e in sorted(kohya.ENDINGS)]
 
 
 def test_what_a_model_on_a_gpu_in_channels_last_gives_is_written_too(tmp_path):
@@ -130,7 +163,7 @@ def test_a_diverged_lora_is_not_saved_and_the_old_file_stays(tmp_path):
 def test_a_failed_check_leaves_nothing(tmp_path):
     some = deltas()
     some.append(Delta("unet", "no_such.layer", "lora", {"down": torch.ones(1, 4), "up": torch.ones(4, 1)}, 1.0))
-    with pytest.raises(ExportError, match="3 keys unread, the first is lora_unet_no_such_layer"):
+    with pytest.raises(ExportError, match=r"No tool would read 3 of its keys.*no\.such\.layer is no layer of a Stable"):
         save(tmp_path, some)
     assert list(tmp_path.iterdir()) == []
 
@@ -141,13 +174,15 @@ def test_a_full_disk_leaves_nothing_and_says_what_to_do(tmp_path, monkeypatch, w
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if where == "fsync":
-        monkeypatch.setattr(module.os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", full)
     else:  # a real file system that takes no byte
         if not module.Path("/dev/full").exists():
             pytest.skip("needs /dev/full")
         opened = module.Path.open
         monkeypatch.setattr(module.Path, "open", lambda self, mode="r": opened(module.Path("/dev/full") if "w" in mode else self, mode))
-    with pytest.raises(ExportError, match=r"cat.safetensors was not saved: the disk is full. It needs \d+\.\d MB, .* free\. Make room in"):
+    with pytest.raises(
+        ExportError, match=r"The disk is full: cat.safetensors could not be written .* \(\d+ MB free, \d+ MB are needed\)\. Free"
+    ):
         save(tmp_path, deltas())
     assert list(tmp_path.iterdir()) == []
 
@@ -162,4 +197,4 @@ def test_start_from_a_written_lora(tmp_path):
     some = deltas()
     back = {(d.part, d.path): d for d in kohya.from_kohya("sd1", load_file(save(tmp_path, some, dtype="fp32").path))}
     assert back.keys() == {(d.part, d.path) for d in some}
-    assert max(self_check.relative_error(back[d.part, d.path], d) for d in some) < 1e-6
+    assert max(relative_error(back[d.part, d.path], d) for d in some) < 1e-6

@@ -1,5 +1,6 @@
 """What a file says about itself, as the readers parse it."""
 
+import dataclasses
 import hashlib
 import json
 import struct
@@ -71,6 +72,48 @@ def test_what_the_readers_need():
     assert json.loads(entries["ss_bucket_info"])["buckets"]["0"] == {"resolution": [512, 768], "count": 12}
     # JSON values are told by their first character
     assert all(entries[k].startswith("{") for k in ("ss_tag_frequency", "ss_dataset_dirs", "ss_bucket_info"))
+
+
+VERSIONS = {  # ss_base_model_version, ss_v2, modelspec.architecture, modelspec.prediction_type
+    ("sd2", "epsilon"): ("sd_v2", "True", "stable-diffusion-v2-512/lora", "epsilon"),
+    ("sd2", "v_prediction"): ("sd_v2_v", "True", "stable-diffusion-v2-768-v/lora", "v"),
+    ("sdxl", "epsilon"): ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora", "epsilon"),
+    ("sdxl", "v_prediction"): ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora", "v"),
+    ("sd3", "flow"): ("sd3.5_large", "False", "stable-diffusion-3-5-large/lora", None),
+}
+
+
+@pytest.mark.parametrize(("family", "prediction"), VERSIONS)
+def test_each_family_says_what_it_is(family, prediction):
+    facts = dataclasses.replace(
+        FACTS,
+        prediction=prediction,
+        learning_rates={"unet": 1e-4, "text_1": 1e-5, "text_2": 2e-5},
+        zero_terminal_snr=True,
+        conv_rank=4,
+        conv_alpha=2.0,
+    )
+    entries = metadata.build(metadata.version_of(family, prediction, "sd3.5_large"), facts, "x")
+    keys = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
+    assert tuple(map(entries.get, keys)) == VERSIONS[family, prediction]
+    assert entries["ss_network_module"] == ("networks.lora_sd3" if family == "sd3" else "networks.lora")
+    assert entries["modelspec.implementation"].startswith("https://" if family == "sdxl" else "diffusers")
+    assert (entries["ss_zero_terminal_snr"], entries["ss_text_encoder_lr"]) == ("True", "[1e-05, 2e-05]")
+    assert json.loads(entries["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "2.0"}
+
+
+def test_which_family_the_web_uis_take_a_file_for():
+    """As their own functions answered for files with ss_* entries, modelspec entries, both and none."""
+    for version, both, ss, spec in (
+        ("sd1", ("sd1", "sd1"), ("sd1", "unknown"), ("sd1", "sd1")),
+        ("sd2", ("sd2", "sd2"), ("sd2", "sd2"), ("sd1", "unknown")),
+        ("sdxl", ("sdxl", "sdxl"), ("sdxl", "sdxl"), ("sd1", "sdxl")),
+    ):
+        entries = metadata.VERSIONS[version]
+        for start, expected in (("", both), ("ss_", ss), ("modelspec.", spec)):
+            said = metadata.shown_as({k: v for k, v in entries.items() if k.startswith(start)})
+            assert tuple(said.values()) == expected, (version, start)
+    assert set(metadata.shown_as({}).values()) == {"unknown"}
 
 
 def test_no_path_and_no_user_name_leaks():

@@ -3,10 +3,11 @@
 import json
 import struct
 
+import numpy as np
 import pytest
 
 from trainer.formats import FormatError
-from trainer.formats.probe import identify, identify_header
+from trainer.formats.probe import identify, identify_header, native_resolution, prediction, weight_files
 
 LDM = "model.diffusion_model."
 UNET = {LDM + "input_blocks.0.0.weight": (320, 4, 3, 3), LDM + "out.2.weight": (4, 320, 3, 3)}
@@ -26,7 +27,10 @@ SDXL = (
     }
 )
 REFINER = UNET | VAE | {CROSS.format(4): (768, 1280), "conditioner.embedders.0.model.transformer.resblocks.0.mlp.c_fc.weight": (5120, 1280)}
-SD3 = {LDM + "joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536)} | VAE
+SD3 = {LDM + "joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536), LDM + "x_embedder.proj.weight": (1536, 16, 2, 2)} | VAE
+NORM = {LDM + "joint_blocks.0.x_block.attn.ln_q.weight": (64,)}
+SD35_LARGE = {k: tuple({4608: 7296, 1536: 2432}.get(n, n) for n in s) for k, s in SD3.items()} | NORM
+SD35_MEDIUM = SD3 | NORM | {LDM + "joint_blocks.0.x_block.attn2.qkv.weight": (4608, 1536)}
 FLUX = {"double_blocks.0.img_attn.norm.key_norm.scale": (128,), "double_blocks.0.img_attn.qkv.weight": (9216, 3072)}
 
 CASES = {
@@ -36,6 +40,21 @@ CASES = {
     "sdxl": (SDXL, {}, "sdxl", "sdxl"),
     "refiner": (REFINER, {}, "sdxl_refiner", "sdxl_refiner"),
     "sd3": (SD3, {}, "sd3", "sd3"),
+    "sd3.5 medium": (SD35_MEDIUM, {}, "sd3", "sd3"),
+    "sd3.5 large without prefix": ({k.removeprefix(LDM): s for k, s in SD35_LARGE.items()}, {}, "sd3", "sd3"),
+    "sd3 of another size": ({LDM + "joint_blocks.0.x_block.attn.qkv.weight": (96, 32)} | VAE, {}, "sd3", "sd3"),
+    "sd3 transformer alone": ({k: s for k, s in SD35_MEDIUM.items() if k not in VAE}, {}, "unet", "sd3"),
+    "sd3 inpainting": (SD3 | {LDM + "x_embedder.proj.weight": (1536, 33, 2, 2)}, {}, "inpainting", "sd3"),
+    "sd2 inpainting": (SD2 | {LDM + "input_blocks.0.0.weight": (320, 9, 3, 3)}, {}, "inpainting", "sd2"),
+    "sd2 depth": (SD2 | {LDM + "input_blocks.0.0.weight": (320, 5, 3, 3)}, {}, "inpainting", "sd2"),
+    "sdxl with one text encoder": ({k: s for k, s in SDXL.items() if "embedders.0" not in k}, {}, "unet", "sdxl"),
+    "sdxl unet alone": ({k: s for k, s in SDXL.items() if k.startswith(LDM)}, {}, "unet", "sdxl"),
+    "playground": (SDXL | {"edm_mean": (4,)}, {}, "unknown", None),
+    "cosxl": (SDXL | {"edm_vpred.sigma_max": ()}, {}, "unknown", None),
+    "nf4": (SDXL | {LDM + "out.2.weight.absmax": (4,)}, {}, "unknown", None),
+    "flux with prefix": ({LDM + k: s for k, s in FLUX.items()}, {}, "flux", "flux"),
+    "diffusers sd3 transformer": ({"transformer_blocks.0.attn.to_q.weight": (1536, 1536)}, {}, "unet", None),
+    "sd3 text encoders": ({"text_encoders.clip_l.transformer.text_model.final_layer_norm.bias": (768,)}, {}, "text_encoder", None),
     "flux": (FLUX, {}, "flux", "flux"),
     "inpainting": (SD1 | {LDM + "input_blocks.0.0.weight": (320, 9, 3, 3)}, {}, "inpainting", "sd1"),
     "sdxl inpainting": (SDXL | {LDM + "input_blocks.0.0.weight": (320, 9, 3, 3)}, {}, "inpainting", "sdxl"),
@@ -136,3 +155,126 @@ def test_folders_that_are_no_models(tmp_path):
     (broken / "model_index.json").write_text("{")
     with pytest.raises(FormatError, match="missing or cannot be read"):
         identify(broken)
+
+
+def test_sd3s_sizes_are_told():
+    expected = {"sd3": "medium", "sd3.5 medium": "3.5 medium", "sd3.5 large without prefix": "3.5 large", "sd3 of another size": "medium"}
+    for case in expected:
+        found = identify_header({k: ("BF16", s) for k, s in CASES[case][0].items()}, {})
+        assert found.what == f"a checkpoint of Stable Diffusion {expected[case] if '3.5' in case else '3 medium'}"
+        assert found.variant == {"3.5 medium": "sd35_medium", "3.5 large": "sd35_large"}.get(expected[case], "sd3_medium")
+    alone = identify_header({k: ("BF16", s) for k, s in CASES["sd3 transformer alone"][0].items()}, {})
+    assert alone.what == "a checkpoint of Stable Diffusion 3.5 medium without VAE; choose a checkpoint that has it"
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "config", "kind", "what"),
+    [
+        ("StableDiffusionXLImg2ImgPipeline", "unet", {"in_channels": 4, "cross_attention_dim": 1280}, "sdxl_refiner", "the SDXL refiner"),
+        ("StableDiffusionXLInpaintPipeline", "unet", {"in_channels": 9, "cross_attention_dim": 2048}, "inpainting", "Stable Diffusion XL"),
+        ("StableDiffusionXLPipeline", "unet", {"in_channels": 4, "cross_attention_dim": 2048}, "sdxl", "Stable Diffusion XL"),
+        ("StableDiffusionPipeline", "unet", {"in_channels": 7, "cross_attention_dim": 1024}, "inpainting", "Stable Diffusion 2.x"),
+        ("StableDiffusion3Pipeline", "transformer", {"in_channels": 16, "qk_norm": None}, "sd3", "Stable Diffusion 3 medium"),
+        ("StableDiffusion3Pipeline", "transformer", {"in_channels": 16}, "sd3", "Stable Diffusion 3 medium"),
+        ("StableDiffusion3Pipeline", "transformer", {"qk_norm": "rms_norm", "num_layers": 38}, "sd3", "Stable Diffusion 3.5 large"),
+        (
+            "StableDiffusion3Pipeline",
+            "transformer",
+            {"qk_norm": "rms_norm", "dual_attention_layers": [0]},
+            "sd3",
+            "Stable Diffusion 3.5 medium",
+        ),
+        ("StableDiffusion3InpaintPipeline", "transformer", {"in_channels": 33}, "inpainting", "Stable Diffusion 3 medium"),
+        ("StableDiffusion3ControlNetPipeline", "transformer", {}, "controlnet", "a ControlNet pipeline"),
+    ],
+)
+def test_folders_by_the_configuration_of_their_denoiser(tmp_path, name, part, config, kind, what):
+    path = folder(tmp_path / "model", name)
+    (path / part).mkdir()
+    (path / part / "config.json").write_text(json.dumps(config))
+    found = identify(path)
+    assert found.kind == kind and what in found.what
+
+
+def test_a_folder_of_another_schedule_is_told(tmp_path):
+    path = folder(tmp_path / "model", "StableDiffusionXLPipeline")
+    (path / "scheduler").mkdir()
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "EDMDPMSolverMultistepScheduler"}))
+    assert identify(path).kind == "unknown" and "EDM" in identify(path).what
+
+
+def write(path, shapes, metadata=None):
+    from safetensors.numpy import save_file
+
+    save_file({k: np.zeros(shape, np.int8) for k, shape in shapes.items()}, path, metadata)
+    return path
+
+
+SPEC = "modelspec."
+V, EPSILON = "v_prediction", "epsilon"
+
+
+@pytest.mark.parametrize(
+    ("markers", "metadata", "said"),
+    [
+        ((), None, (None, None)),
+        (("v_pred",), None, (V, None)),
+        (("v_pred", "ztsnr"), None, (V, True)),
+        (("ztsnr",), None, (V, True)),
+        ((), {SPEC + "prediction_type": "v"}, (V, None)),
+        ((), {SPEC + "prediction_type": "epsilon"}, (EPSILON, None)),
+        ((), {SPEC + "predict_key": "v"}, (V, None)),
+        ((), {SPEC + "predict_key": "epsilon", SPEC + "prediction_type": ""}, (EPSILON, None)),
+        ((), {SPEC + "prediction_type": "of another kind"}, (None, None)),
+        (("v_pred",), {SPEC + "prediction_type": "epsilon"}, (V, None)),
+        ((), {"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, (V, True)),
+        ((), {"ss_v_parameterization": "False", "ss_zero_terminal_snr": "False"}, (EPSILON, False)),
+        ((), {"ss_base_model_version": "sd_v2_v"}, (V, None)),
+        ((), {"ss_base_model_version": "sd_v1"}, (None, None)),
+        ((), {"ss_base_model_version": "sdxl_base_v1-0"}, (None, None)),
+    ],
+)
+def test_what_a_single_file_says_of_its_prediction(tmp_path, markers, metadata, said):
+    assert prediction(write(tmp_path / "m.safetensors", {"a": (1,)} | dict.fromkeys(markers, ()), metadata)) == said
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, (None, None)),
+        ({"prediction_type": "epsilon"}, (EPSILON, None)),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, (V, True)),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": False}, (V, False)),
+        ({"prediction_type": "sample"}, (None, None)),
+    ],
+)
+def test_what_a_folder_says_of_its_prediction(tmp_path, config, said):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    assert prediction(tmp_path) == said
+
+
+def test_native_resolutions(tmp_path):
+    for case, side in {"sd1": 512, "sd2": 768, "sdxl": 1024, "sd3": 1024, "sd3.5 medium": 1024}.items():
+        path = write(
+            tmp_path / "m.safetensors",
+            {k: (1, 4, 1, 1) if k.endswith("0.0.weight") else (1, 16) + (1,) * (len(s) - 2) for k, s in CASES[case][0].items()},
+        )
+        assert native_resolution(path) == side and native_resolution(path, 640) == 640
+    from trainer.formats.single_file import CONFIGS
+
+    released = {"sd1": 512, "sd2": 768, "sdxl": 1024, "sd3_medium": 1024, "sd35_medium": 1024, "sd35_large": 1024}
+    assert {n: native_resolution(CONFIGS / n, 333) for n in released} == released
+
+
+def test_the_weights_of_a_folder():
+    whole, half = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
+    pieces = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    halves = [f"model.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    old = [f"model-0000{n}-of-00002.fp16.safetensors" for n in (1, 2)]
+    other = ["config.json", "model.bin", "diffusion_pytorch_model.non_ema.safetensors", "model.safetensors.index.json"]
+    assert weight_files([half, whole, *other]) == [whole]
+    assert weight_files([half, *other]) == [half]
+    assert weight_files([*halves, *pieces[::-1], *other]) == pieces
+    assert weight_files([*halves, *other]) == halves and weight_files([*old, *other]) == old
+    assert weight_files(other) == []

@@ -1,0 +1,193 @@
+"""What all families do alike: layers by kind, text through CLIP, pixels through the VAE, pictures by diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from trainer.config import LoraConfig, ModelConfig
+from trainer.data.buckets import Placement
+from trainer.families import Cond, Models, States, clip
+from trainer.formats import single_file
+
+TEXT_TARGETS = {
+    "attention": r".*self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+    "feed_forward": r".*mlp\.fc[12]",
+}
+PREVIEW_PIXELS = 1024 * 1024 // 4  # at most this many pixels are sampled in one batch
+TEXT_ROWS = 32  # captions that pass through a text encoder at once
+
+
+def targets(model: torch.nn.Module, table: Mapping[str, str], kinds: Sequence[str]) -> list[str]:
+    """Paths of the Linear and Conv2d modules of `model` that `kinds` stand for in `table`, in the model's own order."""
+    patterns = [re.compile(rf"(.*\.)?{table[k]}") for k in kinds if k in table]
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    return [n for n, m in model.named_modules() if isinstance(m, layers) and any(p.fullmatch(n) for p in patterns)]
+
+
+class Common:
+    """The shared half of a family; a family's own class says the rest.
+
+    Attributes:
+        denoiser: the denoiser's name among diffusers' components.
+        unet_targets: kind of layer -> pattern of the denoiser's module paths.
+        skip: for each text encoder, which of its layers is read, counted from the end (1: the last).
+        final_norm: whether the encoder's last layer norm follows.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    denoiser = "unet"
+    unet_targets: dict[str, str]
+    skip: dict[str, int]
+    final_norm = True
+
+    def native_resolution(self, source: Path, prediction: str = "auto") -> int:
+        """Side in pixels of the square that the base was made for, read from its files."""
+        from trainer.formats.probe import native_resolution
+
+        return native_resolution(source)
+
+    def open(self, source: Path, dtype: torch.dtype, device: torch.device, model: ModelConfig) -> tuple[dict[str, Any], Models]:
+        """The components of `source` by diffusers' names, and the Models made of them, frozen, on the device; no schedule yet."""
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # it lasts for milliseconds and would break into the run's own bar
+        found = single_file.load_any(source, dtype, text_encoders=model.text_encoders, t5=model.t5)
+        text = {f"text_{k}": f"encoder{'' if k == 1 else f'_{k}'}" for k in (1, 2, 3)}
+        encoders = {part: found[f"text_{n}"] for part, n in text.items() if found.get(f"text_{n}") is not None}
+        tokenizers = {part: found[f"{text[part].replace('encoder', 'tokenizer')}"] for part in encoders}
+        frozen = {part: m for part, m in encoders.items() if part not in self.parts}
+        parts = {"unet": found[self.denoiser]} | {p: m for p, m in encoders.items() if p in self.parts}
+        parts["unet"].to(memory_format=torch.channels_last)
+        for module in (*parts.values(), *frozen.values(), found["vae"]):
+            module.requires_grad_(False).eval().to(device)
+        models = Models(parts, found["vae"], tokenizers, dict(found["scheduler"]), "unknown", None, device, frozen)
+        models.clip_skip = model.clip_skip
+        models.notes = list(found.get("notes", ()))
+        return found, models
+
+    def targets(self, models: Models, part: str, kinds: Sequence[str]) -> list[str]:
+        """Module paths of `part` that `kinds` stand for, in the model's own order."""
+        return targets(models.parts[part], self.unet_targets if part == "unet" else TEXT_TARGETS, kinds)
+
+    def count(self, source: Path, adapter: LoraConfig) -> dict[str, tuple[int, int]]:
+        """(layers, adapter parameters) for each part, from the configurations alone: no weight is read."""
+        from trainer.adapters.lora import rank_of
+
+        out = {}
+        for part, model in single_file.blank(source, self.parts).items():
+            modules = dict(model.named_modules())
+            paths = targets(model, self.unet_targets if part == "unet" else TEXT_TARGETS, adapter.targets)
+            ranks = {p: rank_of(adapter, part, p, modules[p]) for p in paths}
+            shapes = {p: modules[p].weight.shape for p, r in ranks.items() if r}
+            out[part] = len(shapes), sum(ranks[p] * (s[0] + s[1:].numel()) for p, s in shapes.items())
+        return out
+
+    # text
+
+    def tokenize(self, models: Models, part: str, captions: Sequence[str]) -> clip.Tokens:
+        """Tokens of `captions` for one text encoder, as it reads them: windows of 75 tokens."""
+        if part == "text_3":
+            return clip.tokenize_t5(models.tokenizers[part], captions, max_windows=models.windows, weighted=models.weighted)
+        return clip.tokenize(models.tokenizers[part], captions, max_windows=models.windows, weighted=models.weighted)
+
+    def encode_text(self, models: Models, part: str, tokens: clip.Tokens) -> States:
+        """What an encoder, as it is now, makes of `tokens`."""
+        if part == "text_3":
+            return States(clip.encode_t5(models.module(part), tokens))
+        return States(*clip.encode(models.module(part), tokens, skip=self._skip(models, part), final_norm=self.final_norm))
+
+    def _skip(self, models: Models, part: str) -> int:
+        return self.skip[part]
+
+    def condition(self, models: Models, states: dict[str, States], size: torch.Tensor | None) -> Cond:
+        """The encoders' states as the denoiser takes them; `size` (B, 6) where the family has it."""
+        return Cond(states["text_1"].hidden)
+
+    @torch.no_grad()
+    def conditions(self, models: Models, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
+        """Conditioning of `prompts` for pictures of `size` (width, height), by the encoders as they are now."""
+        with models.borrow(*models.text):
+            tokens = {part: self.tokenize(models, part, prompts).to(models.device) for part in models.text}
+            pieces = torch.arange(len(prompts), device=models.device).split(TEXT_ROWS)
+            found = [{part: self.encode_text(models, part, t.rows(p)) for part, t in tokens.items()} for p in pieces]
+        whole = self.size(size, Placement(*size, (0.0, 0.0, *map(float, size)), 1.0, 1.0), False)
+        ids = None if whole is None else torch.tensor([whole], device=models.device)
+        conds = [self.condition(models, s, None if ids is None else ids.expand(len(p), -1)) for s, p in zip(found, pieces, strict=True)]
+        return Cond(*(None if x[0] is None else torch.cat(x) for x in zip(*((c.hidden, c.pooled, c.size) for c in conds), strict=True)))
+
+    def size(self, image: tuple[int, int], placement: Placement, flip: bool) -> tuple[float, ...] | None:
+        """Size conditioning of an image of `image` (width, height) pixels; None: the family has none."""
+        return None
+
+    # pictures
+
+    @torch.no_grad()
+    def encode(self, models: Models, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the scaled latents' distribution, each (B, C, H/8, W/8) float32."""
+        posterior = models.vae.encode(pixels.to(models.vae.dtype)).latent_dist
+        scale, shift = models.vae.config.scaling_factor, models.vae.config.shift_factor or 0.0
+        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+
+    def pipeline(self, models: Models) -> Any:
+        """diffusers' text-to-image pipeline of the loaded modules, with the scheduler that suits them."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(
+        self,
+        models: Models,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negative: str,
+        steps: int,
+        guidance: float,
+        size: tuple[int, int],
+        tick: Callable[[], None] | None = None,
+    ) -> list[Image.Image]:
+        """Pictures of `size` (width, height), one for each prompt, each from its own seed on the CPU.
+
+        `tick` is called after each denoising step; what it raises ends the sampling.
+        """
+        pipe = self.pipeline(models)
+        pipe.set_progress_bar_config(disable=True)
+
+        def after(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+            if tick:
+                tick()
+            return kept
+
+        batch = max(1, PREVIEW_PIXELS // (size[0] * size[1]))
+        images: list[Image.Image] = []
+        dtype = models.parts["unet"].dtype
+        vae = models.vae
+        with models.borrow(*models.text, "vae"):
+            for k in range(0, len(prompts), batch):
+                chunk = list(prompts[k : k + batch])
+                n = len(chunk)
+                cond = self.conditions(models, [*chunk, *([negative] * n)], size)
+                told = {"prompt_embeds": cond.hidden[:n].to(dtype), "negative_prompt_embeds": cond.hidden[n:].to(dtype)}
+                if cond.pooled is not None:
+                    told["pooled_prompt_embeds"] = cond.pooled[:n].to(dtype)
+                    told["negative_pooled_prompt_embeds"] = cond.pooled[n:].to(dtype)
+                latents = pipe(
+                    **told,
+                    generator=[torch.Generator().manual_seed(s) for s in seeds[k : k + batch]],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    width=size[0],
+                    height=size[1],
+                    output_type="latent",
+                    callback_on_step_end=after,
+                ).images
+                latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+                pixels = vae.decode(latents, return_dict=False)[0]
+                images += pipe.image_processor.postprocess(pixels.float(), output_type="pil")
+        return images
