@@ -1,7 +1,7 @@
 """A run's folder as the page sees it: summary, curves, previews, exports. Each folder is read once; later looks read what was added.
 
 Pure reading: nothing here starts, asks or writes but thumbnails in the cache. atelier.json, which the app puts into the folders that
-it makes, holds {purpose, preset, model_title, from, created, steps}; command-line runs have none.
+it makes, holds {purpose, preset, model_title, family, from, created, steps}; command-line runs have none.
 """
 
 from __future__ import annotations
@@ -356,6 +356,7 @@ class Run:
             "created": created,
             "model": self.atelier.get("model_title") or re.split(r"[/\\]", self.setting("model.source", "demo").rstrip("/\\"))[-1],
             "purpose": self.atelier.get("purpose", ""),
+            "family": self.started.get("family") or self.atelier.get("family", ""),
             "thumb": pictures[0] if pictures else None,
             "position": position,
             "text": look.text,

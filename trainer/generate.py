@@ -57,7 +57,7 @@ class Studio:
         if self.worn != wanted:
             self._take_off()
             try:
-                self.pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name="lora")
+                self.pipe.load_lora_weights(**_wearable(lora, self.family.name), adapter_name="lora")
             except (RuntimeError, ValueError):  # layers of other sizes, or none that the base has
                 self._take_off()
                 raise ValueError(
@@ -92,6 +92,22 @@ class Studio:
         width, height = (s or self.native for s in size)
         more = {"negative": negative, "steps": steps, "guidance": guidance, "size": (width, height), "tick": tick}
         return self.family.sample(self.models, prompts, seeds, **more)
+
+
+def _wearable(lora: Path, family: str) -> dict[str, Any]:
+    """What diffusers' loader is given: the file, or where diffusers reads nothing of such a file (SD3's first one) its tensors renamed."""
+    from trainer.formats import FormatError, peft_names
+    from trainer.formats.export import SECOND
+    from trainer.tools.inspect import read_lora
+
+    if (family, "kohya") in SECOND:
+        try:
+            naming, deltas = read_lora(lora)
+        except FormatError as error:
+            raise ValueError(str(error)) from None
+        if naming != "peft":
+            return {"pretrained_model_name_or_path_or_dict": peft_names.to_peft(family, deltas)}
+    return {"pretrained_model_name_or_path_or_dict": lora.parent, "weight_name": lora.name}
 
 
 def check_lora(lora: Path, family: str, field: str) -> None:

@@ -1,7 +1,7 @@
 """`python -m trainer serve`: the playground's process. It keeps a base loaded and makes pictures on request (trainer/job.py).
 
 A request is a file `requests/<id>.json` in the job's folder, put there by rename: {base, lora (path or null), prompt, negative, seed,
-steps, guidance, width, height (null: the base's own), strength}. It is taken away when its turn comes, oldest first.
+steps, guidance, width, height (null: the base's own), strength, model (its settings beside the source, as in a run's)}. It is taken away when its turn comes, oldest first.
 
 Events besides the frame's:
 
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trainer.config import ModelConfig
 from trainer.job import Job, Show, Stopped, explain, work
 from trainer.run_dir import replace
 
@@ -45,6 +46,7 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     base: str
+    model: ModelConfig = ModelConfig()
     lora: str | None = None
     prompt: str
     negative: str = ""
@@ -68,7 +70,8 @@ class _Server:
     def __init__(self, job: Job, idle: float, device: str) -> None:
         self.job, self.idle, self.device = job, idle, device
         self.requests, self.pictures = job.run.root / "requests", job.run.root / "pictures"
-        self.base, self.studio = "", None
+        self.studio: Studio | None = None
+        self.loaded: tuple[str, ModelConfig] | None = None  # base and settings of the studio
         self.made: dict[tuple[Any, ...], Path] = {}  # pictures without a LoRA of the loaded base, by their settings
 
     def run(self) -> dict[str, Any]:
@@ -98,7 +101,7 @@ class _Server:
         try:
             asked = Request.model_validate(json.loads(raw))
             self.job.emit("working", id=path.stem)
-            self._draw(path.stem, asked, self._load(asked.base))
+            self._draw(path.stem, asked, self._load(asked.base, asked.model))
         except Stopped:
             self._problem(path.stem, "The playground was closed before this picture was made. Ask for it again.")
             raise
@@ -116,23 +119,23 @@ class _Server:
     def _problem(self, id: str, text: str) -> None:
         self.job.emit("problem", id=id, text=text)
 
-    def _load(self, base: str) -> Studio:
+    def _load(self, base: str, model: ModelConfig) -> Studio:
         from trainer.generate import Studio
 
-        if self.studio is None or base != self.base:
+        if self.studio is None or (base, model) != self.loaded:
             self._drop()  # the old one's memory goes before the new one's comes
             self.job.emit("loading", base=base)
 
             def say(text: str) -> None:
                 self.job.emit("loading", base=base, text=text)
 
-            self.studio = self.job.wait(lambda: Studio(base, device=self.device, say=say))
-            self.base = base
+            self.studio = self.job.wait(lambda: Studio(base, device=self.device, say=say, model=model))
+            self.loaded = base, model
             self.job.emit("ready", base=base, memory_gib=round(memory_held(self.studio) / 2**30, 2))
         return self.studio
 
     def _drop(self) -> None:
-        self.studio, self.base = None, ""
+        self.studio, self.loaded = None, None
         self.made.clear()
         gc.collect()
 

@@ -92,7 +92,11 @@ def ask(request: Request, body: Picture) -> dict[str, Any]:
     context = of(request)
     run = find(context, body.run)
     wanted = body.model_dump(exclude={"run", "file"})
-    wanted |= {"base": run.setting("model.source", "demo"), "lora": str(run_reader.inside(run.folder, body.file, ".safetensors"))}
+    wanted |= {
+        "base": run.setting("model.source", "demo"),
+        "model": run.config.get("model", {}),
+        "lora": str(run_reader.inside(run.folder, body.file, ".safetensors")),
+    }
     return {"request": playground.ask(context.home, context.runner, wanted)}
 
 

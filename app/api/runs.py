@@ -17,7 +17,7 @@ from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app import datasets, draft, models, preflight, run_reader, settings
+from app import datasets, draft, forms, models, preflight, run_reader, settings
 from app.context import Context, of
 from app.errors import Problem
 from app.run_reader import Run
@@ -221,6 +221,7 @@ def _from_draft(context: Context) -> Run:
         raise Problem(" ".join(dict.fromkeys(errors.values())), errors=errors)
     model, _ = models.glance(home, wanted["model"], wanted["example"])
     about = {"purpose": wanted["purpose"], "preset": wanted["preset"], "model_title": model["name"] if model else "", "from": "draft"}
+    about["family"] = draft.family(home, wanted)
     return make(
         context, config, about | {"steps": plan["steps"]}, lambda config, folder: _snapshot(home, wanted["dataset"], config, folder)
     )
@@ -448,7 +449,7 @@ def edit(request: Request, id: str, body: Changes) -> dict[str, Any]:
     try:
         checked = validate(values)
     except ConfigError as error:
-        raise Problem(str(error), errors=error.errors) from None
+        raise Problem(str(error), errors={key: forms.in_words(text) for key, text in error.errors.items()}) from None
     if not context.runner.jobs.holds(run.folder, lambda: write_json(run.folder / "config.json", checked.model_dump(mode="json"))):
         raise Problem(f"{run.name()} has just been started, so it cannot be edited any more.", 409)
     return find(context, id).view(context.runner.look(run.folder), place(run.folder, queue(context)), None)

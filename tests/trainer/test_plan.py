@@ -341,3 +341,21 @@ def test_folders_with_visits_of_their_own_keep_their_proportion(configure, pictu
 )
 def test_the_schedule_in_words(changes, said, configure):
     assert plan.describe_schedule(configure(changes)) == said
+
+
+def test_the_schedule_names_the_parts_of_the_family(configure):
+    config = configure(
+        {"part.unet.learning_rate": 1e-4, "part.text_1.learning_rate": 2e-5, "part.text_2.train": True, "part.text_2.stop": 0.5}
+    )
+    assert "1e-4 (UNet), 2e-5 (text encoder), 5e-5 until 50 % of the run (second text encoder)" in plan.describe_schedule(config, "sdxl")
+    assert "1e-4 (transformer), 2e-5 (text encoder)" in plan.describe_schedule(config, "sd3")
+
+
+def test_the_bucket_step_is_one_of_the_family(configure, pictures):
+    data = {"data": [{"folder": str(pictures)}], "dataset.resolution": 512, "dataset.bucket_step": 32}
+    assert plan.make(configure(data), 512, "sdxl").buckets() and plan.make(configure(data), 512).buckets()
+    with pytest.raises(ValueError, match=r"dataset.bucket_step is 32.*multiples of 64"):
+        plan.make(configure(data), 512, "sd1")
+    assert {
+        w % 16 or h % 16 for w, h in plan.make(configure(data | {"dataset.resolution": 64, "dataset.bucket_step": ""}), 64, "sd3").buckets()
+    } == {0}

@@ -265,3 +265,36 @@ def test_two_tabs_agree(page, open_page, app):
     saved(page)
     other.evaluate("dispatchEvent(new Event('focus'))")
     expect(other.locator("#name")).to_have_value("Seen in both")
+
+
+def test_a_models_family_decides_what_is_shown(page, app, zorps):
+    from tests.app.test_models import CLIPS, SD1, SD35, SDXL, V, write
+
+    add(page, zorps[:3])
+    expect(cards(page)).to_have_count(3)
+    files = {"old": SD1, "noobaiXL_vPred": SDXL | V, "sd3.5_medium": SD35 | CLIPS}
+    files = {name: write(app.folder / "models" / f"{name}.safetensors", tensors) for name, tensors in files.items()}
+    page.locator("#advanced > summary").click()
+
+    def use(name: str) -> set[str]:
+        page.locator("#model-path").fill(str(files[name]))
+        page.locator("#model-check").click()
+        page.locator("#model-use").click()
+        expect(page.locator("#model-chosen")).to_contain_text(name)
+        saved(page)
+        return set(page.eval_on_selector_all(".nl-setting:not([hidden])", "nodes => nodes.map((n) => n.dataset.key)"))
+
+    assert "model.clip_skip" in use("old")
+    expect(page.locator("#model-variant")).to_be_hidden()
+    shown = use("noobaiXL_vPred")
+    assert "part.text_2.train" in shown and not shown & {"model.clip_skip", "loss.shift", "part.text_2.stop", "adapter.conv_rank"}
+    expect(page.locator("#model-facts")).to_contain_text("v prediction, ends in pure noise")
+    expect(page.locator("#set-preview-quality")).to_have_value("masterpiece, best quality")
+    expect(page.locator("[data-preset=balanced]")).to_contain_text("text encoders off")
+    page.locator("#model-variant").select_option("pony")
+    expect(page.locator("#set-preview-quality")).to_have_value(re.compile("^score_9"))
+    page.get_by_label("Convolutions", exact=True).check()
+    expect(page.locator("[data-key='adapter.conv_rank']")).to_be_visible()
+    shown = use("sd3.5_medium")
+    assert "loss.shift" in shown and not shown & {"loss.min_snr_gamma", "adapter.conv_rank", "model.prediction"}
+    expect(page.locator("#preflight")).to_contain_text("captions are read by the two CLIPs")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainer.families.sources import PIECES, SourceError, fetch
+from trainer.families.sources import SourceError, fetch
 from trainer.formats import FormatError
 from trainer.formats.metadata import read_header
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Of Salesforce's own models the large one alone has .safetensors files (1.9 GB, BSD-3-Clause); the base one is a pickle.
 DEFAULT = "Salesforce/blip-image-captioning-large"
 FIELD = "The captioner's source"
-WEIGHTS = re.compile(rf"model{PIECES}")
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 TEXTS = re.compile(
     r"(config|preprocessor_config|generation_config|tokenizer|tokenizer_config|special_tokens_map|model\.safetensors\.index)\.json"
 )

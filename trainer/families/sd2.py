@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from trainer.families.unet import UNetFamily
 from trainer.formats import probe
@@ -11,7 +12,7 @@ from trainer.formats import probe
 class SD2(UNetFamily):
     name = "sd2"
     parts = ("unet", "text_1")
-    skip = {"text_1": 1}
+    skip: ClassVar = {"text_1": 1}
 
     def native_resolution(self, source: Path, prediction: str = "auto") -> int:
         """512 or 768: a single file says nothing of its size, but the one that predicts v was made for 768."""

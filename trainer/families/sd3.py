@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from trainer.config import LossConfig, ModelConfig
-from trainer.families import WINDOW, Cond, Models, States
+from trainer.families import Cond, Models, States
 from trainer.families.common import Common
 
 STEPS = 1000  # what timesteps are counted in; the transformer is told 1000 * sigma
@@ -19,9 +19,9 @@ class SD3(Common):
     name = "sd3"
     parts = ("unet", "text_1", "text_2")
     denoiser = "transformer"
-    skip = {"text_1": 2, "text_2": 2}
+    skip: ClassVar = {"text_1": 2, "text_2": 2}
     final_norm = False
-    unet_targets = {
+    unet_targets: ClassVar = {
         "attention": r"(attn|attn2)\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
         "feed_forward": r"(ff|ff_context)\.net\.(0\.proj|2)",
         "projections": r"transformer_blocks\.\d+\.(norm1|norm1_context)\.linear",

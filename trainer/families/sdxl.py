@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,7 +14,7 @@ from trainer.families.unet import UNetFamily
 class SDXL(UNetFamily):
     name = "sdxl"
     parts = ("unet", "text_1", "text_2")
-    skip = {"text_1": 2, "text_2": 2}
+    skip: ClassVar = {"text_1": 2, "text_2": 2}
     final_norm = False
 
     def condition(self, models: Models, states: dict[str, States], size: torch.Tensor | None) -> Cond:

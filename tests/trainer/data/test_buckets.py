@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from trainer.data.buckets import MERGE_LOSS, candidates, place
+from trainer.data.buckets import MERGE_LOSS, candidates, place, step_of
 
 GRIDS = [
     (512, 64, 3.0),
@@ -162,3 +162,34 @@ def test_wider_images_never_get_narrower_buckets():
     sizes = [(w, 1000) for w in range(300, 3300, 7)]
     placements = place(sizes, resolution=1024, step=64, max_aspect=3, batch_size=1)
     assert all(a.width / a.height <= b.width / b.height for a, b in pairwise(placements))
+
+
+# Families
+
+
+@pytest.mark.parametrize("step", [64, 32])
+@pytest.mark.parametrize("ratio", [1.5, 16 / 9, 2.0, 2.5, 3.0])
+def test_the_longer_side_is_as_long_as_the_area_allows(ratio, step):
+    """A 1024 px base: other trainers cap the longer side at 1024 by default, which shrinks all but squares."""
+    for wide, high in ((round(1000 * ratio), 1000), (1000, round(1000 * ratio))):
+        (p,) = place([(wide, high)], resolution=1024, step=step, max_aspect=3.0, batch_size=1)
+        assert p.width * p.height > 0.93 * 1024**2 and p.kept > 0.95
+        assert max(p.width, p.height) == pytest.approx(1024 * ratio**0.5, rel=0.06) and max(p.width, p.height) > 1200
+
+
+def test_the_step_of_each_family():
+    for family, finest, small in (("sd1", 64, 8), ("sd2", 64, 8), ("sdxl", 32, 8), ("sd3", 32, 16), (None, 8, 8)):
+        assert step_of(1024, None, family) == 64 and step_of(128, None, family) == small
+        assert step_of(1024, 96 if finest == 32 else 128, family) and step_of(512, finest, family) == finest
+        if finest > 8:
+            with pytest.raises(ValueError, match=f"multiples of {finest}. Set dataset.bucket_step to {finest}"):
+                step_of(512, finest // 2, family)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        step_of(128, 8, "sd3")
+
+
+@pytest.mark.parametrize("resolution", [64, 200, 512, 1000, 1024])
+def test_sd3s_sides_are_multiples_of_its_patches(resolution):
+    for step in (None, 16, 32) if resolution < 256 else (None, 32, 64):
+        for p in place(random_sizes(100, 3), resolution=resolution, step=step_of(resolution, step, "sd3"), max_aspect=3.0, batch_size=2):
+            assert p.width % 16 == p.height % 16 == 0
