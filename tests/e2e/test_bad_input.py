@@ -333,11 +333,14 @@ BASES = {
     "too long": (lambda p: "x" * 5000, ["no such file or folder", "x ...'"]),
     "pickle": (lambda p: pickled(p / "b.ckpt"), ["b.ckpt is a pickle", "not opened", "Get the .safetensors version"]),
     "pickle in disguise": (lambda p: pickled(p / "b.safetensors"), ["b.safetensors is a pickle", "Get the .safetensors version"]),
-    "LoRA": (lambda p: header(p / "l.safetensors", LORA), ["l.safetensors", "which is a LoRA", "Choose a Stable Diffusion 1.x"]),
-    "SDXL": (lambda p: header(p / "xl.safetensors", "conditioner.embedders.1.x", LDM), ["Stable Diffusion XL", "Choose"]),
-    "SD2": (
-        lambda p: header(p / "2.safetensors", "cond_stage_model.model.x", LDM, "first_stage_model.x"),
-        ["Stable Diffusion 2.x", "Choose"],
+    "LoRA": (lambda p: header(p / "l.safetensors", LORA), ["l.safetensors", "which is a LoRA", "Choose a base model of Stable Diffusion"]),
+    "SDXL without a VAE": (
+        lambda p: header(p / "xl.safetensors", "conditioner.embedders.1.x", LDM),
+        ["Stable Diffusion XL without VAE", "Choose"],
+    ),
+    "refiner": (
+        lambda p: header(p / "r.safetensors", "conditioner.embedders.0.model.x", LDM, "first_stage_model.x"),
+        ["the SDXL refiner", "Choose"],
     ),
     "VAE": (lambda p: header(p / "vae.safetensors", "decoder.conv_in.weight"), ["which is a VAE", "Choose"]),
     "UNet": (lambda p: DEMO / UNET, ["one part of a diffusers model", "model_index.json"]),
