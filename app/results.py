@@ -112,6 +112,7 @@ def view(run: Run, look: Look, settings: Settings) -> dict[str, Any]:
         "files": there,
         "trigger_line": trigger_line(Path(best).stem, trigger(run)) if best else "",
         "lora_folder": settings.lora_folder,
+        "preview": {key: value for key in ("negative", "steps", "guidance") if (value := run.setting(f"preview.{key}")) is not None},
         "metadata": {name: _metadata(run.folder / name, (run.folder / name).stat().st_mtime_ns) for name in names},
     }
 

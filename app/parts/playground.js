@@ -96,6 +96,8 @@ export function playground() {
       const list = results.files.map((f) => f.file).join("\n");
       if (id !== filled) {  // another run: its own words, and the file that is recommended
         const word = results.trigger_line.replace(/^<[^>]*>\s*/, "");
+        const own = results.preview;
+        [negative.value, steps.value, guidance.value] = [own.negative ?? "", own.steps ?? 20, own.guidance ?? 7];
         prompt.value = results.pair?.prompt || results.matrix?.prompts?.[0] || word;
         filled = run = id;
         known = "";

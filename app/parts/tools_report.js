@@ -66,7 +66,7 @@ function readers(found) {
   const whole = tools.filter(([, keys]) => !keys.length).map(([tool]) => tool), partly = tools.filter(([, keys]) => keys.length);
   return h("div", { class: "la-stack lt-readers" }, h("h3", { class: "la-h3" }, "Who reads it"),
     whole.length ? h("p", { data: { readers: "whole" } }, h("span", { class: "la-badge la-badge-good" }, "All of it"), " ", whole.join(", ")) : null,
-    partly.map(([tool, keys]) => h("details", { data: { tool } }, h("summary", {}, h("span", { class: "la-badge la-badge-warn" }, "In part"), ` ${tool} leaves ${plural(keys.length, "key")} unread`),
+    partly.map(([tool, keys]) => h("details", { data: { tool } }, h("summary", {}, h("span", { class: "la-badge la-badge-warn" }, "Not all of it"), ` ${tool} leaves ${plural(keys.length, "key")} unread`),
       h("div", { class: "lt-keys la-mono", tabindex: 0, role: "region", "aria-label": `Keys that ${tool} leaves unread` }, h("ul", {}, keys.slice(0, MOST_KEYS).map((key) => h("li", {}, key)),
         keys.length > MOST_KEYS && h("li", {}, `and ${number(keys.length - MOST_KEYS)} more, which the JSON has`))))));
 }

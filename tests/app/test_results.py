@@ -254,3 +254,25 @@ def test_a_finished_training_is_compared_and_its_results_show(client, context, s
         *(u for row in told["matrix"]["rows"] for cells in row["cells"] for u in cells),
     ]:
         assert client.get(url).status_code == 200
+
+
+def test_the_second_file_of_a_lora_for_sd3_goes_with_the_first(client, run, tmp_path):
+    other = run / "zorp_diffusers.safetensors"
+    other.write_bytes((run / "zorp.safetensors").read_bytes())
+    told = client.get("/api/runs/zorp-run/results").json()
+    entry = told["files"][-1]
+    assert len(told["files"]) == 3 and (entry["file"], entry["second"]) == ("zorp.safetensors", other.name)
+    assert entry["bytes"] == 2 * other.stat().st_size and told["files"][0]["second"] is None
+    assert client.get(f"/api/runs/zorp-run/files/{other.name}").content == other.read_bytes()
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    paths = client.post("/api/runs/zorp-run/copy", json={"file": "zorp.safetensors", "folder": str(loras)}).json()["paths"]
+    assert str(loras / other.name) in paths and (loras / other.name).read_bytes() == other.read_bytes()
+    client.post("/api/runs/zorp-run/keep", json={"file": "zorp-000004.safetensors", "confirm": True})
+    assert sorted(p.name for p in run.glob("*.safetensors")) == ["zorp-000004.safetensors"]
+
+
+def test_the_playground_begins_with_the_runs_own_settings(client, run):
+    own = json.loads((run / "config.json").read_text())["preview"]
+    told = client.get("/api/runs/zorp-run/results").json()["preview"]
+    assert told == {key: own[key] for key in ("negative", "steps", "guidance") if key in own}

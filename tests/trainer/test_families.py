@@ -529,3 +529,16 @@ def test_a_run_is_compared_and_its_file_worn(name, train, base, tmp_path):
         (image,) = studio.sample(["zorp"], [1], steps=2, size=(64, 64))
         pictures.append(np.asarray(image, int))
     assert np.abs(pictures[1] - pictures[0]).mean() > 1 and np.abs(pictures[2] - pictures[0]).max() <= 1
+
+
+def test_t5(train, base, same):
+    """SD3's third encoder is read where it is there, in 8 bits nearly alike, and left out on request with a sentence."""
+    source = {"model.source": str(base("sd3", t5=True)), "train.visits": 1}
+    done = {t5: run_of(train, base, "sd3", {**source, "model.t5": t5}) for t5 in ("auto", "8bit", "skip")}
+    without = run_of(train, base, "sd3", {"train.visits": 1})
+    ups = {k: torch.cat([t.flatten() for n, t in run.state()[0].items() if n.endswith(".up")]) for k, run in done.items()}
+    assert not torch.equal(ups["auto"], ups["8bit"])
+    assert (ups["auto"] - ups["8bit"]).norm() < (ups["auto"] - ups["skip"]).norm()
+    assert same(done["skip"].lora(), without.lora())
+    assert any("T5 is left out" in e["text"] for e in done["skip"].events("warning"))
+    assert not any("T5" in e["text"] for e in done["auto"].events("warning"))

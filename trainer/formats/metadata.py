@@ -119,6 +119,12 @@ def _last_name(path: str) -> str:
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
+def _base_name(path: str) -> str:
+    """The base's name: the last of its path, but the repository's for a snapshot in the hub's cache, which is named by a hash."""
+    cached = re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", path)
+    return cached[1].partition("--")[2] if cached else _last_name(path)
+
+
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
@@ -146,7 +152,7 @@ def build(version: str, facts: Facts, name: str, thumbnail: str = "") -> dict[st
     day = facts.finished_at or facts.started_at
     values = {
         "ss_output_name": name,
-        "ss_sd_model_name": _last_name(facts.base),
+        "ss_sd_model_name": _base_name(facts.base),
         "ss_network_dim": facts.rank,
         "ss_network_alpha": float(facts.alpha),
         "ss_network_args": _json(convolutions) if convolutions else None,

@@ -121,6 +121,18 @@ def test_no_path_and_no_user_name_leaks():
     assert not any(word in said for word in ("jane", "/home", "Users", "pictures"))
 
 
+@pytest.mark.parametrize(
+    "base, name",
+    [
+        ("/home/me/.cache/huggingface/hub/models--stabilityai--sdxl-base/snapshots/462165984030d82259a1", "sdxl-base"),
+        (r"C:\hub\models--a--b--c\snapshots\0f1e", "b--c"),
+        ("owner/name", "name"),
+    ],
+)
+def test_a_base_of_the_hubs_cache_is_named_by_its_repository(base, name):
+    assert metadata.build("sdxl", metadata.Facts(base=base, rank=4, alpha=4.0), "x")["ss_sd_model_name"] == name
+
+
 def test_what_is_unknown_is_left_out():
     entries = metadata.build("sd1", metadata.Facts(base="b", rank=1, alpha=1.0, prediction="v_prediction"), "x")
     assert entries["modelspec.prediction_type"] == "v"
