@@ -575,6 +575,9 @@ def browser(env: Path) -> str:
     return path
 
 
+PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadscope")
+
+
 def test(env: Path, arguments: list) -> int:
     CHILD_ENV["LORA_ATELIER_BROWSER"] = browser(env)
     full = "--full" in arguments
@@ -582,7 +585,8 @@ def test(env: Path, arguments: list) -> int:
     checks = (
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
-        ("pytest", "-m", "not gpu" if full else "not gpu and not slow", *arguments),
+        # the slow ones hold models of real size, one at a time
+        ("pytest", "-m", "not gpu", *arguments) if full else ("pytest", "-m", "not gpu and not slow", *PARALLEL, *arguments),
     )
     failed = []
     for check in checks:
