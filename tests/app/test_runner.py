@@ -288,10 +288,10 @@ def test_the_thread_starts_what_waits_and_a_finished_training_is_compared_once(h
             assert time.monotonic() < deadline and runner.state(run) != "failed"
             time.sleep(0.1)
         assert runner.state(run) == "finished"
-        while runner.state(run / "results") == "waiting":
+        while not (launched := read_json(run / "results" / "launch.json")):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert read_json(run / "results" / "launch.json")["words"] == ["compare", str(run)]
+        assert launched["words"] == ["compare", str(run)]
         runner.kill(run / "results", grace=0)
         time.sleep(0.5)
         assert runner.jobs.list() == [] and runner.busy() == []
