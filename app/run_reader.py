@@ -254,6 +254,7 @@ class Run:
         self.first = self.last = None
         self.started: dict[str, Any] = {}
         self.stage, self.step, self.total, self.visits, self.prompts = "", 0, 0, None, None
+        self.encoded: dict[str, Any] | None = None  # the last `progress` event
         self.now: dict[str, Any] = {}  # the last `step` event
         self.loss: list[tuple] = []  # (step, loss, seq); so below: what came when
         self.validation: list[tuple] = []  # (step, train, held out, seq)
@@ -273,7 +274,9 @@ class Run:
             self.started, self.total, self.began = event, event["total"], event["time"]
             self.visits = event.get("visits")
         elif kind == "stage":
-            self.stage = event["name"]
+            self.stage, self.encoded = event["name"], None
+        elif kind == "progress":
+            self.encoded = {k: event[k] for k in ("what", "done", "total", "eta_s")}
         elif kind == "warning":
             self.warnings[event["text"]] = seq
         elif kind == "step":
@@ -349,6 +352,7 @@ class Run:
             "name": self.name(),
             "state": "interrupted" if look.state == "none" else look.state,
             "stage": self.stage if live else "",
+            "encoded": self.encoded if live and self.stage == "encoding" else None,
             "step": self.step,
             "total": total,
             "percent": percent,

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["LORA_ATELIER_CACHE"] = "off"  # nothing of a test is kept in the user's own, or found by the next test
 BLIP_WORDS = [
     "[PAD]",
     "[UNK]",

@@ -1,4 +1,4 @@
-"""python -m trainer train | caption | compare | generate | serve | inspect | convert | probe"""
+"""python -m trainer train | caption | compare | generate | serve | inspect | convert | cache | bench | probe"""
 
 from __future__ import annotations
 
@@ -47,6 +47,10 @@ class Terminal:
             if event["name"] == "training" and sys.stderr.isatty():
                 layout = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} steps {postfix}"
                 self.bar = tqdm(total=self.total, bar_format=layout, dynamic_ncols=True, mininterval=0)
+        elif kind == "progress" and time.time() - self.said > 5:
+            self.said = time.time()
+            eta = timedelta(seconds=round(event["eta_s"]))
+            self.say(f"Encoded {event['done']} of {event['total']} {event['what']}, {eta} left")
         elif kind == "step":
             eta = timedelta(seconds=round(event["eta_s"]))
             text = f"loss {event['loss']:.4f}, {event['images_per_s']:.2f} images/s, {eta} left"
@@ -192,6 +196,21 @@ def _probe(args: argparse.Namespace) -> int:
     return 0
 
 
+def _cache(args: argparse.Namespace) -> int:
+    from trainer.data import cache
+
+    folder = cache.default_folder()
+    if folder is None:
+        print(f"Encoded images are not kept: {cache.ENVIRONMENT} is {cache.OFF}.")
+        return 0
+    if args.clear:
+        cache.clear(folder)
+    found = cache.entries(folder)
+    size = sum(size for _, size, _ in found) / 1e6
+    print(f"{folder}: {len(found)} files, {size:.1f} MB of at most {cache.LIMIT / 1e6:.0f} MB")
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from trainer.tools.inspect import format_text, inspect
 
@@ -275,6 +294,22 @@ def _serve(args: argparse.Namespace) -> int:
     return _end(serve(args.run_dir, idle=args.idle, device=args.device, show=_tell))
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from trainer.bench import report, sides
+    from trainer.bench.case import Case
+
+    old = report.read(args.compare) if args.compare else None
+    given = {k: getattr(args, k) for k in ("model", "size", "batch", "rank", "te", "dtype", "device", "steps", "checkpointing", "previews")}
+    case = Case(**given, targets=tuple(dict.fromkeys(args.targets)), assignments=tuple(args.set))
+    found = sides.bench(case, args.work, args.only, say=lambda text: print(text, file=sys.stderr, flush=True))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(report.text(found))
+    if old:
+        print("\n" + report.compare(found, old))
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m trainer", description="Train, try, inspect and convert LoRAs.")
     commands = top.add_subparsers(dest="command", required=True)
@@ -342,6 +377,30 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--to", choices=("kohya", "diffusers", "comfy"), required=True, help="whose names the layers get")
     p.add_argument("--out", type=Path, help="the new file (default: beside the old one)")
     p.set_defaults(call=_convert)
+
+    p = commands.add_parser("cache", help="say where encoded images and captions are kept for the next run, and how much of them")
+    p.add_argument("--clear", action="store_true", help="delete them")
+    p.set_defaults(call=_cache)
+
+    p = commands.add_parser("bench", help="time this trainer beside a plain diffusers + PEFT + accelerate loop, on random weights")
+    p.add_argument("--model", choices=("demo", "sd15", "sd2", "sdxl", "sd35"), default="demo")
+    p.add_argument("--size", type=int, default=0, metavar="PIXELS", help="side of the pictures (default: the model's own)")
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--rank", type=int, default=16)
+    p.add_argument("--te", action="store_true", help="train the text encoders too")
+    p.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--steps", type=int, default=0, help="timed steps (default: 20; 8 for real models on a CPU)")
+    p.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
+    kinds = ("attention", "feed_forward", "projections", "convolutions")
+    p.add_argument("--targets", nargs="+", choices=kinds, default=["attention"], help="kinds of layers that get an adapter")
+    p.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="a setting of our run alone")
+    p.add_argument("--no-previews", dest="previews", action="store_false", help="time no sample images")
+    p.add_argument("--only", choices=("ours", "reference"), help="time one side alone")
+    p.add_argument("--work", type=Path, metavar="DIR", help="keep the model here for the next time (default: a temporary folder)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    p.add_argument("--compare", type=Path, metavar="OLD.json", help="set the figures against those of an older --json")
+    p.set_defaults(call=_bench)
 
     p = commands.add_parser("probe", help="print this machine's hardware and versions as JSON")
     p.set_defaults(call=_probe)

@@ -7,6 +7,7 @@ Every event has `v` (this format's version, 1), `seq` (counts up by 1, also acro
     started      name, total (steps), images, buckets [[w, h, images]], device, dtype, reasons, family, resolution (pixels), visits,
                  batch_size, schedule (the learning rates in words)
     stage        name: loading | encoding | training | exporting
+    progress     what: images | captions, done, total, eta_s: of what is encoded, once a second at most
     warning      text
     step         step, loss (mean since the last such event), rate {part: learning rate}, images_per_s, eta_s, epoch (visits so far),
                  memory_gib (CUDA: most of the GPU's memory since the last such event; else the process's now)
@@ -25,12 +26,29 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 VERSION = 1
 TERMINAL = ("finished", "stopped", "failed")
+
+
+class Progress:
+    """Tells `emit` of (what, done, total) as an event, with the seconds left, once a second at most: what is quick says nothing."""
+
+    EVERY = 1.0  # seconds
+
+    def __init__(self, emit: Callable[..., object]) -> None:
+        self.emit, self.began, self.said = emit, 0.0, 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == 0:
+            self.began = self.said = now
+        elif now - self.said >= self.EVERY and done < total:
+            self.said = now
+            self.emit("progress", what=what, done=done, total=total, eta_s=round((now - self.began) / done * (total - done), 1))
 
 
 class Writer:

@@ -45,6 +45,7 @@ def fit(
     course: Course,
     store: Store,
     step: Step,
+    run_step: Callable[..., None],
     processes: Processes,
     run: RunDir,
     emit: Writer | Callable[..., object],
@@ -54,6 +55,7 @@ def fit(
 ) -> tuple[str, int]:
     """Train from step `start` to the course's end, which a request may move. Returns ("finished" or "stopped", completed steps).
 
+    `run_step` does a step as Step.run does, or is that.
     Raises Diverged when a loss that is read is not finite.
     """
     done_images = sum(len(rows) for rows in course.plan.steps[:start])
@@ -79,11 +81,7 @@ def fit(
 
         # 2. the step
         config, total, rows = course.config, course.total, course.plan.steps[n]
-        batch = store.batch(n)
-        draws = step.begin(n, batch)
-        for k, (index, valid) in enumerate(micro_rows(len(rows))):
-            step.grads(n, batch.rows(index, valid), draws.rows(index), store.total_weight[n], f"{processes.rank} {k}")
-        step.update(n, factor(config, n, total))
+        run_step(n, store.batch(n), micro_rows(len(rows)), store.total_weight[n], factor(config, n, total), str(processes.rank))
         done_images += len(rows)
         since_images += len(rows)
         done = n + 1
@@ -106,14 +104,16 @@ def fit(
                 memory_gib=round(memory() / 2**30, 3),
             )
             since_images, since_step, since_time = 0, done, time.perf_counter()
-        if done < total:
+        due = (
+            (course.due.validation, hooks.validate),
+            (course.due.preview, hooks.preview),
+            (course.due.save, hooks.export),
+            (course.due.checkpoint, hooks.checkpoint),
+        )
+        if done < total and any(done in times for times, _ in due):
+            step.wait()  # so that a hook's time is its own
             pause = time.perf_counter()
-            for times, hook in (
-                (course.due.validation, hooks.validate),
-                (course.due.preview, hooks.preview),
-                (course.due.save, hooks.export),
-                (course.due.checkpoint, hooks.checkpoint),
-            ):
+            for times, hook in due:
                 if done in times:
                     hook(done)
             since_time += time.perf_counter() - pause
@@ -138,13 +138,10 @@ def _heed(requests: Sequence[control.Request], n: int, hooks: Hooks) -> list[tup
 
 
 def _memory_reader(device: torch.device) -> Callable[[], int]:
-    """What reads the memory in bytes without waiting for the device: CUDA's most since the last reading, else this process's own."""
+    """What reads the memory in bytes without waiting for the device: CUDA's most since now (a graph's replays allocate nothing), else this
+    process's own.
+    """
     if device.type != "cuda":
         return lambda: psutil.Process().memory_info().rss
-
-    def read() -> int:
-        most = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return most
-
-    return read
+    torch.cuda.reset_peak_memory_stats(device)
+    return lambda: torch.cuda.max_memory_allocated(device)

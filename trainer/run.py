@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import gc
 import json
 import os
@@ -166,8 +167,10 @@ def _train(
 
     # 2. the base, frozen (these imports take seconds: only now)
     import torch
+    from torch.utils.checkpoint import checkpoint
 
-    from trainer import adapters, bases, checkpoints, families, optimizers, preview, validation
+    from trainer import adapters, bases, capture, checkpoints, families, optimizers, preview, validation
+    from trainer.data.cache import Cache
     from trainer.data.store import Store
     from trainer.formats import kohya
     from trainer.formats.export import export
@@ -197,12 +200,15 @@ def _train(
 
     # 3. latents and text, once
     emit("stage", name="encoding")
-    store = Store(config, ready.plan, family, models, trained)
+    cache = Cache.of_the_user(lambda text: emit("warning", text=text), events.Progress(emit))
+    store = Store(config, ready.plan, family, models, trained, cache)
     for laid in plans:
         store.extend(laid)
     if models.prediction == "unknown":
         emit("warning", text=bases.measure(ready.source, family, models, store.some_latents()))
-    measures = _measures(config, ready.plan, family, models, trained, validation) if config.validation.enabled else {}
+    measures = _measures(config, ready.plan, store, trained, validation) if config.validation.enabled else {}
+    if processes.main:
+        cache.prune()
     models.park("vae", *(p for p in models.text if p not in store.text.live))
 
     # 4. what is trained
@@ -217,7 +223,8 @@ def _train(
     for text in adapter.notes:
         emit("warning", text=text)
     if config.train.checkpointing:
-        models.parts["unet"].enable_gradient_checkpointing()
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=config.adapter.dropout > 0)
+        models.parts["unet"].enable_gradient_checkpointing(again)
     groups = [
         {"params": params, "lr": trained[name].learning_rate * rate, "part": name}
         for name in trained
@@ -290,7 +297,11 @@ def _train(
         if config.preview.enabled:
             do_preview(0)
     hooks = Hooks(do_validate, do_preview, do_checkpoint, do_export, do_change)
-    outcome, n = fit(now, store, step, processes, run, emit, hooks, start, interrupted)
+    reason = capture.why_not(step)
+    if reason and device.type == "cuda":
+        emit("warning", text=f"The steps run without CUDA graphs, which is slower: {reason}.")
+    runner = step if reason else capture.Captured(step)
+    outcome, n = fit(now, store, step, runner.run, processes, run, emit, hooks, start, interrupted)
 
     # 7. keep it
     emit("stage", name="exporting")
@@ -311,7 +322,7 @@ def _train(
     return outcome, n
 
 
-def _measures(config: TrainConfig, laid: plan.Plan, family: Any, models: Any, trained: Container[str], validation: Any) -> dict[str, Any]:
+def _measures(config: TrainConfig, laid: plan.Plan, store: Any, trained: Container[str], validation: Any) -> dict[str, Any]:
     """The fixed losses of a run: over training images (evenly chosen when there are many) and over the held-out ones."""
     out = {}
     for kind, images, placements in (("train", laid.images, laid.placements), ("held_out", laid.held_out, laid.held_out_placements)):
@@ -319,14 +330,16 @@ def _measures(config: TrainConfig, laid: plan.Plan, family: Any, models: Any, tr
             limit = min(len(images), config.validation.images) if kind == "train" else len(images)
             chosen = sorted(randomness.host(config.train.seed, 0, "validation images").sample(range(len(images)), limit))
             out[kind] = validation.FixedLoss(
-                family,
-                models,
+                store.family,
+                store.models,
                 [images[k] for k in chosen],
                 [placements[k] for k in chosen],
                 background=config.dataset.background,
                 draws=config.validation.draws,
                 seed=config.train.seed,
                 trained=trained,
+                latents=[store.mean(k) for k in chosen] if kind == "train" else None,
+                cache=store.cache,
             )
     return out
 

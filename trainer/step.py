@@ -6,7 +6,7 @@ processes, clips, and lets the optimizer step. Everything drawn comes from one g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,9 @@ class Batch:
         text = {part: told.rows(index) for part, told in self.text.items()}
         size = None if self.size is None else self.size.index_select(0, index)
         return Batch(*take, self.weight.index_select(0, index) * valid, text, size)
+
+
+Slots = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -112,34 +115,65 @@ class Step:
         self.scale = LossScale(models.device) if fp16 else None
         self.loss = torch.zeros((), device=models.device)  # of the current step, then of all steps since it was read
         self.total = torch.zeros((), device=models.device)
+        self.trains: dict[str, bool] = {}  # for each part, what `arrange` made of it last
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.peak = {part: max(r for r, g in zip(self.peaks, optimizer.param_groups, strict=True) if g["part"] == part) for part in stops}
-        self.buffers = {p: torch.zeros_like(p) for part in stops for p in adapter.parameters(part)}
+        self.weights = adapter.weights
+        params = [p for part in stops for p in adapter.parameters(part)]
+        self.buffers = self.weights.grads if self.weights else {p: torch.zeros_like(p) for p in params}
 
     def active(self, n: int) -> list[str]:
         """The parts that step `n` trains."""
         return [part for part, stop in self.stops.items() if n < stop]
 
-    def begin(self, n: int, batch: Batch) -> Draws:
-        """Zero the gradients, freeze the parts that have stopped, and draw for step `n`."""
+    def arrange(self, n: int, factor: float = 1.0) -> None:
+        """What the host does for step `n`: freeze the parts that have stopped, seed, set each part's rate to its peak times `factor`."""
         active = set(self.active(n))
         for part in self.stops:
-            for p in self.adapter.parameters(part):
-                p.requires_grad_(part in active)
-                p.grad = self.buffers[p] if part in active else None
-        torch._foreach_zero_(list(self.buffers.values()))
-        self.loss.zero_()
+            if (part in active) != self.trains.get(part):
+                for p in self.adapter.parameters(part):
+                    p.requires_grad_(part in active)
+                    p.grad = self.buffers[p] if part in active else None
+                self.trains[part] = part in active
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            optimizers.set_rate(group, peak * factor)
         self.generator.manual_seed(randomness.key(self.config.train.seed, n, "device"))
-        shape, g, device = batch.mean.shape, self.generator, self.models.device
+
+    def draw(self, shape: torch.Size) -> Draws:
+        """Set the gradients to zero and draw for latents of `shape`."""
+        if self.weights:
+            self.weights.begin()
+        else:
+            torch._foreach_zero_(list(self.buffers.values()))
+        self.loss.zero_()
+        g, device = self.generator, self.models.device
         posterior = torch.randn(shape, generator=g, device=device)
         noise = torch.randn(shape, generator=g, device=device)
         if self.config.loss.noise_offset:
             noise = noise + self.config.loss.noise_offset * torch.randn((*shape[:2], 1, 1), generator=g, device=device)
         return Draws(posterior, noise, self.family.timesteps(self.models, shape[0], g, self.config.loss))
 
-    def grads(self, n: int, batch: Batch, draws: Draws, total_weight: torch.Tensor, dropout_key: str = "") -> None:
+    def begin(self, n: int, batch: Batch, factor: float = 1.0) -> Draws:
+        """Arrange step `n` and draw for it."""
+        self.arrange(n, factor)
+        return self.draw(batch.mean.shape)
+
+    def run(self, n: int, batch: Batch, slots: Slots, total_weight: float, factor: float, key: str = "") -> None:
+        """Step `n` whole: `slots` are (rows, which of them count) of each micro-batch; `key` names the process."""
+        self.arrange(n, factor)
+        self.work(n, batch, slots, torch.full((), total_weight, device=self.models.device), key)
+
+    def work(self, n: int, batch: Batch, slots: Slots, total_weight: torch.Tensor, key: str | None) -> None:
+        """What the device does for a step that is arranged. `key` None: no dropout, so that nothing else is drawn."""
+        draws = self.draw(batch.mean.shape)
+        for k, (index, valid) in enumerate(slots):
+            if key is not None:
+                torch.manual_seed(randomness.key(self.config.train.seed, n, f"default {key} {k}"))
+            self.grads(n, batch.rows(index, valid), draws.rows(index), total_weight)
+        self.update(n)
+
+    def grads(self, n: int, batch: Batch, draws: Draws, total_weight: torch.Tensor | float) -> None:
         """Add the gradient of sum(weight * loss) / `total_weight` over these rows."""
-        torch.manual_seed(randomness.key(self.config.train.seed, n, f"default {dropout_key}"))
         models, family = self.models, self.family
         latents = batch.mean + batch.std * draws.posterior
         noisy, target = family.process(models, latents, draws.noise, draws.t)
@@ -149,11 +183,13 @@ class Step:
         loss = (error * weight).sum() / total_weight
         (loss * self.scale.scale if self.scale else loss).backward()
         self.loss += loss.detach()
+        if self.weights:
+            self.weights.collect()
 
-    def update(self, n: int, factor: float) -> None:
-        """Reduce, unscale, clip and step; the rate of each part is its peak times `factor`."""
+    def update(self, n: int) -> None:
+        """Reduce, unscale, clip and step."""
         params = [p for part in self.active(n) for p in self.adapter.parameters(part)]
-        grads = [p.grad for p in params]
+        grads = [self.weights.grad] if self.weights else [p.grad for p in params]  # of stopped parts they are zero
         if self.reduce:
             self.reduce([*grads, self.loss])
         if self.scale:
@@ -161,9 +197,7 @@ class Step:
         limit = self.config.train.max_grad_norm
         norm = torch.nn.utils.get_total_norm(grads) if limit or self.scale else None
         if limit:
-            torch.nn.utils.clip_grads_with_norm_(params, limit, norm)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            optimizers.set_rate(group, peak * factor)
+            torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
         if self.scale:
             self._step_if_finite(params, torch.isfinite(norm))
         else:
@@ -186,6 +220,11 @@ class Step:
                 if isinstance(count := self.optimizer.state[p].get("step"), torch.Tensor):
                     count.mul_(finite.to(count.device))
         self.scale.update(finite)
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.models.device.type == "cuda":
+            torch.cuda.synchronize(self.models.device)
 
     def read_loss(self, steps: int) -> float:
         """Mean loss since the last call. This one waits for the device."""

@@ -9,6 +9,7 @@ import torch
 from trainer import randomness
 from trainer.adapters import Adapter
 from trainer.data.buckets import Placement
+from trainer.data.cache import Cache
 from trainer.data.scan import Image
 from trainer.data.store import Texts, encode_images
 from trainer.families import Family, Models
@@ -23,6 +24,7 @@ class FixedLoss:
     Args:
         images, placements: what is measured, with captions as they stand (nothing shuffled or dropped).
         draws: noise draws for each image; trained: the text encoders that may carry an adapter: they read anew at each measurement.
+        latents: the images' own, (C, h, w) each, where they are known already.
     """
 
     def __init__(
@@ -36,13 +38,17 @@ class FixedLoss:
         draws: int,
         seed: int,
         trained: Container[str],
+        latents: Sequence[torch.Tensor] | None = None,
+        cache: Cache | None = None,
     ) -> None:
         self.family, self.models = family, models
         count = len(images) * draws
         order = randomness.host(seed, 0, "validation").sample(range(count), count)
         generator = torch.Generator().manual_seed(randomness.key(seed, 0, "validation"))
-        moments = encode_images(family, models, images, placements, background)
-        self.text = Texts(family, models, [i.caption for i in images], trained)
+        if latents is None:
+            moments = encode_images(family, models, images, placements, background, cache=cache)
+            latents = [moments[k, False][0] for k in range(len(images))]
+        self.text = Texts(family, models, [i.caption for i in images], trained, cache)
         groups: dict[tuple[int, int], list[int]] = {}
         for k, p in enumerate(placements):
             groups.setdefault((p.width, p.height), []).append(k)
@@ -51,13 +57,13 @@ class FixedLoss:
             rows = [(k, d) for k in members for d in range(draws)]
             for at in range(0, len(rows), max(1, BATCH_PIXELS // (w * h))):
                 chunk = rows[at : at + max(1, BATCH_PIXELS // (w * h))]
-                latents = torch.stack([moments[k, False][0] for k, _ in chunk])
-                noise = torch.randn(latents.shape, generator=generator).to(models.device)
+                clean = torch.stack([latents[k] for k, _ in chunk])
+                noise = torch.randn(clean.shape, generator=generator).to(models.device)
                 t = family.spread(models, [(order[k * draws + d] + 0.5) / count for k, d in chunk])
                 captions = [k for k, _ in chunk]
                 sizes = [family.size((images[k].width, images[k].height), placements[k], False) for k in captions]
                 told = None if None in sizes else torch.tensor(sizes, device=models.device)
-                self.batches.append((latents, noise, t, torch.tensor(captions, device=models.device), captions, told))
+                self.batches.append((clean, noise, t, torch.tensor(captions, device=models.device), captions, told))
 
     @torch.no_grad()
     def measure(self, adapter: Adapter) -> float:

@@ -3,7 +3,7 @@ import { ago, duration, fill, get, h, plural, poll, rate, Refused, STATES } from
 import { chart } from "/static/chart.js";
 import { matrix } from "/static/matrix.js";
 import { runActions } from "/static/run_actions.js";
-import { put, STAGES } from "/static/run_list.js";
+import { put, stageWords } from "/static/run_list.js";
 import { configuration, logTail } from "/static/run_log.js";
 
 const LIVE = ["starting", "running"];
@@ -129,7 +129,7 @@ export function runDetail(id, to) {
     progress.dataset.step = run.step;
     progress.setAttribute("aria-valuenow", run.percent);
     line.hidden = run.state === "waiting" && !run.step;
-    put(percent, run.state === "starting" ? "Starting" : training ? run.percent + " %" : STAGES[run.stage] || "Preparing");
+    put(percent, run.state === "starting" ? "Starting" : training ? run.percent + " %" : stageWords(run) || "Preparing");
     const counts = [
       run.total ? `step ${run.step} of ${run.total}` : "",
       run.visits && run.step ? `visit ${Math.min(run.visits, Math.floor(run.epoch))} of ${run.visits}` : run.visits ? plural(run.visits, "visit") + " to each image" : "",

@@ -60,7 +60,7 @@ export function runList({ open, changed }) {
     }, node, link };
   }
   function sentence(run) {
-    if (run.state === "running") return run.stage === "training" ? `step ${run.step} of ${run.total}` + (run.eta_s ? `, ${duration(run.eta_s)} left` : "") : STAGES[run.stage] || "";
+    if (run.state === "running") return run.stage === "training" ? `step ${run.step} of ${run.total}` + (run.eta_s ? `, ${duration(run.eta_s)} left` : "") : stageWords(run);
     if (run.state === "failed" && run.text) return run.text;
     if (run.state === "waiting") return run.model;
     return [run.model, ago(run.created)].filter(Boolean).join(" · ");
@@ -137,7 +137,13 @@ export function runList({ open, changed }) {
   };
 }
 
-export const STAGES = { loading: "Loading the model", encoding: "Reading the images and captions", training: "Training", exporting: "Saving the LoRA" };
+const STAGES = { loading: "Loading the model", encoding: "Reading the images and captions", training: "Training", exporting: "Saving the LoRA" };
+
+/** What a running run is at, in words; of encoding, how far. */
+export function stageWords(run) {
+  const e = run.encoded;
+  return e ? `Reading the ${e.what}: ${e.done} of ${e.total}` + (e.eta_s ? `, ${duration(e.eta_s)} left` : "") : STAGES[run.stage] || "";
+}
 
 /** Ask, then take a waiting run out of the queue. Resolves to whether it was done. */
 export async function cancelRun(run) {

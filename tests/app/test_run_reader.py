@@ -77,6 +77,18 @@ def test_a_run_grows_and_only_what_is_new_is_told(folder):
     assert view(run, since=99)["reset"]  # another file than the page had seen
 
 
+def test_how_far_the_encoding_is_stands_in_the_view_while_it_lasts(folder):
+    write, run = Writer(folder / "events.jsonl"), Run("zorp", folder)
+    write("stage", name="encoding")
+    assert view(run)["run"]["encoded"] is None
+    write("progress", what="images", done=3, total=20, eta_s=8.5)
+    assert view(run)["run"]["encoded"] == {"what": "images", "done": 3, "total": 20, "eta_s": 8.5}
+    assert view(run, look=Look("interrupted"))["run"]["encoded"] is None
+    write("stage", name="training")
+    write("progress", what="captions", done=1, total=2, eta_s=1.0)  # a longer run reads more captions; that is not a stage
+    assert view(run)["run"]["encoded"] is None
+
+
 def test_a_torn_line_waits_for_its_end(folder):
     write, run = Writer(folder / "events.jsonl"), Run("zorp", folder)
     begin(write)

@@ -50,9 +50,9 @@ def build(configure):
 
 def run_step(made, n, rate=1.0):
     batch = made.store.batch(n)
-    draws = made.step.begin(n, batch)
+    draws = made.step.begin(n, batch, rate)
     made.step.grads(n, batch, draws, made.store.total_weight[n])
-    made.step.update(n, rate)
+    made.step.update(n)
 
 
 def alphas_cumprod():
@@ -214,11 +214,11 @@ def test_clipping_and_adamw_equal_the_formulas(limit, build):
     clipped = 0
     for n, factor in enumerate((0.25, 1.0, 0.5)):
         batch = made.store.batch(n)
-        made.step.grads(n, batch, made.step.begin(n, batch), made.store.total_weight[n])
+        made.step.grads(n, batch, made.step.begin(n, batch, factor), made.store.total_weight[n])
         grads = {p: p.grad.double().clone() for p in rates}
         norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
         clipped += limit is not None and norm > limit
-        made.step.update(n, factor)
+        made.step.update(n)
         for p, rate in rates.items():
             g = grads[p] * min(1.0, limit / norm if limit else 1.0)
             m[p] = 0.8 * m[p] + 0.2 * g
@@ -276,9 +276,9 @@ def test_a_step_never_waits_for_the_device(changes, fp16, build):
 
     def step():
         batch = made.store.batch(1)
-        draws = made.step.begin(1, batch)
+        draws = made.step.begin(1, batch, 0.5)
         made.step.grads(1, batch.rows(index, valid), draws.rows(index), made.store.total_weight[1])
-        made.step.update(1, 0.5)
+        made.step.update(1)
 
     assert count_reads(step) == 0
 
@@ -292,7 +292,7 @@ def test_a_part_that_has_stopped_gets_no_gradient_and_stays(build, same):
     batch = made.store.batch(2)
     made.step.grads(2, batch, made.step.begin(2, batch), made.store.total_weight[2])
     assert all(p.grad is None and not p.requires_grad for p in made.adapter.parameters("text_1"))
-    made.step.update(2, 1.0)
+    made.step.update(2)
     after = made.adapter.state()
     assert [k for k in after if torch.equal(after[k], before[k])] == [k for k in after if k.startswith("text_1/")]
 
@@ -319,8 +319,8 @@ def test_gradients_are_reduced_over_processes_with_the_loss(build):
     for m, share in ((made, 2), (alone, 1)):
         batch = m.store.batch(0)
         m.step.grads(0, batch, m.step.begin(0, batch), m.store.total_weight[0] * share)
-        m.step.update(0, 1.0)
-    assert seen == [len(made.adapter.parameters("unet")) + len(made.adapter.parameters("text_1")) + 1]
+        m.step.update(0)
+    assert seen == [2]  # all gradients as one tensor, and the loss
     for part in ("unet", "text_1"):
         for p, q in zip(made.adapter.parameters(part), alone.adapter.parameters(part), strict=True):
             torch.testing.assert_close(p.detach(), q.detach(), rtol=0, atol=1e-6)
@@ -352,7 +352,7 @@ def test_an_overflow_leaves_parameters_and_moments_and_halves_the_scale(value, b
     batch = made.store.batch(1)
     made.step.grads(1, batch, made.step.begin(1, batch), made.store.total_weight[1])
     made.adapter.parameters("text_1")[3].grad.view(-1)[5] = value
-    made.step.update(1, 1.0)
+    made.step.update(1)
     assert same(before, made.adapter.state())
     assert all(same(a, b) for a, b in zip(kept, moments(made), strict=True))
     assert float(made.step.scale.scale) == 2.0**13
@@ -367,7 +367,7 @@ def test_an_overflow_in_the_first_step_leaves_no_trace(build, same):
     batch = made.store.batch(0)
     made.step.grads(0, batch, made.step.begin(0, batch), made.store.total_weight[0])
     made.adapter.parameters("unet")[0].grad.fill_(math.inf)
-    made.step.update(0, 1.0)
+    made.step.update(0)
     for m in (made, other):
         run_step(m, 1)
         run_step(m, 2)

@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from trainer import randomness
+from trainer import lean, randomness
 from trainer.adapters import Delta, Ranks, plain
 from trainer.config import BlockConfig, LoraConfig
 
@@ -22,10 +23,13 @@ class Lora:
     Args:
         layers: part -> module path -> PEFT layer.
         rates: what multiplies the learning rate, for the layers where that is not 1, by the same keys.
+        weights: what holds the parameters and their gradients in few tensors, where the layers have their lean form.
     """
 
-    def __init__(self, layers: dict[str, dict[str, torch.nn.Module]], rates: dict[str, dict[str, float]], notes: list[str]) -> None:
-        self.layers, self.rates, self.notes = layers, rates, notes
+    def __init__(
+        self, layers: dict[str, dict[str, torch.nn.Module]], rates: dict[str, dict[str, float]], notes: list[str], weights: Any = None
+    ) -> None:
+        self.layers, self.rates, self.notes, self.weights = layers, rates, notes, weights
         self._scaling = {id(m): m.scaling[NAME] for p in layers.values() for m in p.values()}
         self._strength = 1.0
 
@@ -222,7 +226,7 @@ def build(
                 f"or set part.{part}.train to false."
             )
     notes = [f"{smaller} layers are smaller than the rank that is set and get their own size as rank."] if smaller else []
-    return Lora(layers, rates, notes)
+    return Lora(layers, rates, notes, lean.install(parts, layers, NAME))
 
 
 def _either(paths: Iterable[str]) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+import dataclasses
+import os
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from trainer.config import TrainConfig
 from trainer.data.buckets import Placement
+from trainer.data.cache import Cache, Tensors
 from trainer.data.images import crop, open_rgb
 from trainer.data.scan import Image
 from trainer.families import WINDOW, Family, Models, States
@@ -18,7 +24,12 @@ from trainer.plan import Plan
 from trainer.step import Batch
 
 TEXT_BUDGET = 2**30  # bytes of an encoder's cached states; above it the encoder stays and encodes each step
-ENCODE_PIXELS = 512 * 512 * 2  # at most this many pixels pass through the VAE in one batch
+# At most this many pixels pass through the VAE in one batch, but at least one image. Measured on an H200 with SD1.5's: two images of 512 px
+# at once save 3 ms each and take .75 GiB more, and an image that comes to the set would change the batches of those after it.
+ENCODE_PIXELS = 512 * 512
+READERS = min(4, os.cpu_count() or 1)  # threads that open images while others are encoded
+
+T, R = TypeVar("T"), TypeVar("R")
 
 
 def pixels(image: Image, placement: Placement, background: str) -> torch.Tensor:
@@ -34,22 +45,50 @@ def encode_images(
     placements: Sequence[Placement],
     background: str,
     flip: bool = False,
+    cache: Cache | None = None,
 ) -> dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]]:
-    """(mean, std) of the latents, each (C, h, w) on the device, for every (image index, mirrored)."""
+    """(mean, std) of the latents, each (C, h, w) on the device, for every (image index, mirrored).
+
+    A batch's images are of one bucket, in their order, so that it is the same one in every run on these images.
+    """
     groups: dict[tuple[int, int], list[tuple[int, bool]]] = {}
     for k, p in enumerate(placements):
         groups.setdefault((p.width, p.height), []).extend([(k, f) for f in ((False, True) if flip else (False,))])
+    batches = []
+    for (w, h), members in groups.items():
+        size = max(1, ENCODE_PIXELS // (w * h))
+        batches += [members[at : at + size] for at in range(0, len(members), size)]
+
+    def told(n: int) -> list[object]:
+        rows = [[images[k].digest, dataclasses.astuple(placements[k]), f] for k, f in batches[n]]
+        return [family.name, background, rows]
+
+    def opened(n: int) -> torch.Tensor:
+        rows = [(pixels(images[k], placements[k], background), f) for k, f in batches[n]]
+        return torch.stack([row.flip(-1) if f else row for row, f in rows])
+
+    def make(missing: list[int]) -> Iterator[Tensors]:
+        with models.borrow("vae"):
+            for x in _ahead(opened, missing):
+                yield dict(zip(("mean", "std"), family.encode(models, x.to(models.device)), strict=True))
+
+    found = (cache or Cache()).recall("images", [len(b) for b in batches], told, models.vae, models.device, make)
     out = {}
-    with models.borrow("vae"):
-        for (w, h), members in groups.items():
-            size = max(1, ENCODE_PIXELS // (w * h))
-            for at in range(0, len(members), size):
-                chunk = members[at : at + size]
-                rows = [(pixels(images[k], placements[k], background), f) for k, f in chunk]
-                x = torch.stack([row.flip(-1) if f else row for row, f in rows])
-                mean, std = family.encode(models, x.to(models.device))
-                out |= {m: (mean[j], std[j]) for j, m in enumerate(chunk)}
+    for batch, made in zip(batches, found, strict=True):
+        out |= dict(zip(batch, zip(*(made[name].to(models.device) for name in ("mean", "std")), strict=True), strict=True))
     return out
+
+
+def _ahead(load: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """load(item) of each item, in order; the next ones are loaded meanwhile, by threads."""
+    with ThreadPoolExecutor(READERS) as pool:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(pool.submit(load, item))
+            if len(waiting) > READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class Texts:
@@ -59,8 +98,10 @@ class Texts:
         trained: the encoders that may carry an adapter; they read their tokens anew at each step.
     """
 
-    def __init__(self, family: Family, models: Models, captions: Sequence[str], trained: Container[str] = ()) -> None:
-        self.family, self.models = family, models
+    def __init__(
+        self, family: Family, models: Models, captions: Sequence[str], trained: Container[str] = (), cache: Cache | None = None
+    ) -> None:
+        self.family, self.models, self.cache = family, models, cache or Cache()
         self.held: dict[str, States | Tokens] = {}
         self.windows: list[int] = []
         self.empty: dict[str, States | Tokens] = {}
@@ -76,16 +117,27 @@ class Texts:
         return {part for part, held in self.empty.items() if isinstance(held, Tokens)}
 
     def _read(self, part: str, captions: Sequence[str], live: bool) -> tuple[States | Tokens, list[int]]:
-        tokens = self.family.tokenize(self.models, part, captions)
-        windows, tokens = list(tokens.windows), tokens.to(self.models.device)
+        family, models = self.family, self.models
+        tokens = family.tokenize(models, part, captions)
         if live:
-            return tokens, windows
-        with torch.no_grad(), self.models.borrow(part):
-            pieces = torch.arange(len(captions), device=self.models.device).split(TEXT_ROWS)
-            found = [self.family.encode_text(self.models, part, tokens.rows(p)) for p in pieces]
-        return States(
-            torch.cat([f.hidden for f in found]), None if found[0].pooled is None else torch.cat([f.pooled for f in found])
-        ), windows
+            return tokens.to(models.device), list(tokens.windows)
+        pieces = [tokens.rows(p) for p in torch.arange(len(captions)).split(TEXT_ROWS)]
+
+        def told(n: int) -> list[object]:
+            weights = pieces[n].weights
+            return [family.name, part, models.clip_skip, pieces[n].ids.tolist(), None if weights is None else weights.tolist()]
+
+        def make(missing: list[int]) -> Iterator[Tensors]:
+            with models.borrow(part):
+                for n in missing:
+                    with torch.no_grad():
+                        made = family.encode_text(models, part, pieces[n].to(models.device))
+                    yield {"hidden": made.hidden} if made.pooled is None else {"hidden": made.hidden, "pooled": made.pooled}
+
+        sizes = [len(p.ids) for p in pieces]
+        found = self.cache.recall("captions", sizes, told, models.module(part), models.device, make)
+        whole = {name: torch.cat([f[name].to(models.device) for f in found]) for name in found[0]}
+        return States(whole["hidden"], whole.get("pooled")), list(tokens.windows)
 
     def extend(self, captions: Sequence[str]) -> None:
         """Add captions. They are encoded by themselves, so that whoever adds the same ones in the same order has the same states."""
@@ -138,8 +190,10 @@ class Store:
         family: Family,
         models: Models,
         trained: Container[str],
+        cache: Cache | None = None,
     ) -> None:
-        found = encode_images(family, models, plan.images, plan.placements, config.dataset.background, config.dataset.flip)
+        dataset, self.cache = config.dataset, cache
+        found = encode_images(family, models, plan.images, plan.placements, dataset.background, dataset.flip, cache)
         place_of: dict[tuple[int, bool], int] = {}
         stacks: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for (k, flip), moments in found.items():
@@ -147,9 +201,10 @@ class Store:
             place_of[k, flip] = len(stack)
             stack.append(moments)
         self.place_of = place_of
+        self.bucket_of = [plan.bucket(k) for k in range(len(plan.images))]
         self.latents = {size: tuple(torch.stack(x) for x in zip(*rows, strict=True)) for size, rows in stacks.items()}
         self.family, self.models, self.known = family, models, len(plan.captions)
-        self.text = Texts(family, models, plan.captions, trained)
+        self.text = Texts(family, models, plan.captions, trained, cache)
         sizes = {(k, flip): family.size((plan.images[k].width, plan.images[k].height), plan.placements[k], flip) for k, flip in place_of}
         self.sizes_of = None if None in sizes.values() else sizes
         self.image_weights = [config.data[i.source].weight for i in plan.images]
@@ -182,6 +237,10 @@ class Store:
         text = self.text.rows(caption, self.captions[n])
         size = self.told_sizes and self.told_sizes[n]
         return Batch(mean.index_select(0, image), std.index_select(0, image), self.weights[n], text, size)
+
+    def mean(self, image: int) -> torch.Tensor:
+        """The mean of a training image's latents, (C, h, w), not mirrored."""
+        return self.latents[self.bucket_of[image]][0][self.place_of[image, False]]
 
     def some_latents(self, count: int = 8) -> torch.Tensor:
         """`count` latents of the images of one bucket, (count, C, h, w), the same ones again where it has fewer."""

@@ -93,13 +93,14 @@ class Models:
 
     @contextmanager
     def borrow(self, *names: str) -> Iterator[None]:
-        """Have modules on the device for a while."""
-        for name in names:
+        """Have parked modules on the device for a while; what is there already is left as it is, where views of its weights may be in use."""
+        parked = self.parked.intersection(names)
+        for name in parked:
             self.module(name).to(self.device)
         try:
             yield
         finally:
-            for name in self.parked.intersection(names):
+            for name in parked:
                 self.module(name).to("cpu")
 
 

@@ -132,7 +132,9 @@ def encode(model: torch.nn.Module, tokens: Tokens, skip: int, final_norm: bool) 
     `pooled` is the first window's EOS after the last layer and the projection, whatever `skip` is, and knows no weights.
     """
     rows = len(tokens.ids)
-    found = model(tokens.ids.view(-1, WINDOW), output_hidden_states=True)
+    # Left out, transformers would make this mask under the capture of a CUDA graph and not otherwise, and round differently.
+    mask = torch.full((WINDOW, WINDOW), torch.finfo(model.dtype).min, dtype=model.dtype, device=tokens.ids.device).triu(1)
+    found = model(tokens.ids.view(-1, WINDOW), attention_mask=mask[None, None], output_hidden_states=True)
     hidden = found.hidden_states[-skip]
     if final_norm:
         hidden = getattr(model, "text_model", model).final_layer_norm(hidden)

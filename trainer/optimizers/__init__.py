@@ -19,6 +19,7 @@ def _adamw(config: AdamWConfig, groups: list[dict[str, Any]], device: torch.devi
         eps=config.eps,
         weight_decay=config.weight_decay,
         fused=device.type in ("cuda", "cpu", "mps"),
+        capturable=device.type == "cuda",
     )
 
 

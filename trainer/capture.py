@@ -1,0 +1,107 @@
+"""The step as CUDA graphs: a whole step is launched at once, so that the GPU does not wait for the host's launches.
+
+A graph holds one static key: the shapes of a batch, the parts that are trained. Its inputs are copied into the tensors that it was
+captured with; draws come from the step's generator, which is registered with the graph and seeded before each replay. All graphs share
+one memory pool. The first step of each key runs eagerly, which makes the optimizer's state and compiles kernels, and counts.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from trainer.step import Batch, Slots, Step
+
+
+def why_not(step: Step) -> str | None:
+    """Why the steps cannot be captured, as the end of a sentence; None: they can."""
+    if step.models.device.type != "cuda":
+        return f"CUDA graphs need an NVIDIA or AMD GPU, this run is on {step.models.device.type}"
+    if torch.version.hip:
+        return "CUDA graphs are untried with ROCm"
+    if step.reduce:
+        return "gradients are reduced over several processes"
+    if not all(group.get("capturable") for group in step.optimizer.param_groups):
+        return f"the optimizer {step.config.optimizer.kind} works on the host between its kernels"
+    if step.config.adapter.dropout:
+        return "adapter.dropout draws anew at each step"
+    return None
+
+
+def leaves(value: Any) -> list[torch.Tensor]:
+    """All tensors of a batch, in a fixed order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if is_dataclass(value):
+        return [x for f in fields(value) for x in leaves(getattr(value, f.name))]
+    if isinstance(value, dict):
+        return [x for v in value.values() for x in leaves(v)]
+    return []
+
+
+def _static(value: Any) -> Any:
+    """The same batch in tensors of its own."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if is_dataclass(value):
+        return replace(value, **{f.name: _static(getattr(value, f.name)) for f in fields(value)})
+    return {k: _static(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@dataclass
+class _Graph:
+    graph: Any
+    inputs: list[torch.Tensor]
+    total_weight: torch.Tensor
+
+
+class Captured:
+    """Runs a Step like `Step.run`, by graphs from the second step of each key on.
+
+    Attributes:
+        replays: how many steps were replayed.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.replays = step, 0
+        self._graphs: dict[tuple, _Graph | None] = {}
+        self._pool: Any = None
+
+    def run(self, n: int, batch: Batch, slots: Slots, total_weight: float, factor: float, key: str = "") -> None:
+        """Step `n`; the arguments are those of `Step.run`."""
+        step = self.step
+        tensors = leaves(batch)
+        kind = (tuple((tuple(x.shape), x.dtype) for x in tensors), tuple(step.active(n)), id(slots))
+        if kind not in self._graphs:
+            self._graphs[kind] = None
+            step.run(n, batch, slots, total_weight, factor, key)
+            return
+        step.arrange(n, factor)
+        if self._graphs[kind] is None:
+            self._graphs[kind] = self._capture(n, batch, slots)
+        found = self._graphs[kind]
+        torch._foreach_copy_(found.inputs, tensors)
+        found.total_weight.fill_(total_weight)
+        found.graph.replay()
+        self.replays += 1
+
+    def _capture(self, n: int, batch: Batch, slots: Slots) -> _Graph:
+        gc.collect()
+        torch.cuda.empty_cache()
+        own = _static(batch)
+        found = _Graph(torch.cuda.CUDAGraph(), leaves(own), torch.ones((), device=self.step.models.device))
+        found.graph.register_generator_state(self.step.generator)
+        with torch.cuda.graph(found.graph, pool=self._pool):
+            self.step.work(n, own, slots, found.total_weight, None)
+        self._pool = self._pool or found.graph.pool()
+        return found
+
+    def release(self) -> None:
+        """Give the graphs' memory back; they are captured anew when they are needed."""
+        self._graphs.clear()
+        self._pool = None
+        gc.collect()
+        torch.cuda.empty_cache()

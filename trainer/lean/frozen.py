@@ -1,0 +1,95 @@
+"""The frozen layers of diffusers' UNet in forms that keep less for the backward pass and leave channels-last as it is."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from trainer import kernels
+from trainer.lean.lora import FrozenConv
+
+
+def install(unet: nn.Module) -> None:
+    """Exchange the `forward` of the layers that are known here; all others stay. The UNet's weights must be frozen."""
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+    for m in unet.modules():
+        if type(m) is nn.Conv2d and m.padding_mode == "zeros" and m.groups == 1 and m.dilation == (1, 1):
+            m.forward = MethodType(_conv, m)
+        elif type(m) is nn.GroupNorm:
+            m.forward = MethodType(_group_norm, m)
+        elif type(m) is nn.LayerNorm:
+            m.forward = MethodType(_layer_norm, m)
+        elif type(m) is GEGLU:
+            m.forward = MethodType(_geglu, m)
+        elif type(m) is ResnetBlock2D and _usual_resnet(m):
+            m.forward = MethodType(_resnet, m)
+        elif type(m) is Transformer2DModel and m.is_input_continuous:
+            m._get_output_for_continuous_inputs = MethodType(_to_pixels, m)
+        elif type(m) is BasicTransformerBlock and m.norm_type == "layer_norm" and m.pos_embed is None and m.attn2 is not None:
+            m.forward = MethodType(_block, m)
+
+
+def _conv(self: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)
+
+
+def _group_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return kernels.group_norm(x, self.weight, self.bias, self.num_groups, self.eps, False)
+
+
+def _layer_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def _geglu(self: Any, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return kernels.geglu(self.proj(x))
+
+
+def _usual_resnet(m: Any) -> bool:
+    plain = m.upsample is None and m.downsample is None and not m.skip_time_act and m.time_embedding_norm == "default"
+    return plain and isinstance(m.nonlinearity, nn.SiLU) and isinstance(m.norm1, nn.GroupNorm) and m.dropout.p == 0
+
+
+def _resnet(self: Any, x: torch.Tensor, temb: torch.Tensor | None = None, *_: Any, **__: Any) -> torch.Tensor:
+    h = self.conv1(kernels.group_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.num_groups, self.norm1.eps, True))
+    if self.time_emb_proj is not None:
+        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+    h = self.conv2(kernels.group_norm(h, self.norm2.weight, self.norm2.bias, self.norm2.num_groups, self.norm2.eps, True))
+    if self.conv_shortcut is not None:
+        x = self.conv_shortcut(x)
+    return x + h if self.output_scale_factor == 1 else (x + h) / self.output_scale_factor
+
+
+def _to_pixels(
+    self: Any, hidden_states: torch.Tensor, residual: torch.Tensor, batch_size: int, height: int, width: int, inner_dim: int
+) -> torch.Tensor:
+    """diffusers copies to the plain layout here, which every convolution after it would have to undo."""
+    if self.use_linear_projection:
+        hidden_states = self.proj_out(hidden_states)
+    pixels = hidden_states.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+    return (pixels if self.use_linear_projection else self.proj_out(pixels)) + residual
+
+
+def _block(
+    self: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: Any = None,
+    encoder_hidden_states: torch.Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> torch.Tensor:
+    """A transformer block, each addition made together with the norm that follows it."""
+    x = hidden_states
+    h = self.attn1(self.norm1(x), encoder_hidden_states if self.only_cross_attention else None)
+    x, h = kernels.add_layer_norm(h, x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
+    h = self.attn2(h, encoder_hidden_states)
+    x, h = kernels.add_layer_norm(h, x, self.norm3.weight, self.norm3.bias, self.norm3.eps)
+    return self.ff(h) + x

@@ -1,0 +1,268 @@
+"""LoRA layers that keep only what the backward pass needs: the forward and backward of PEFT's plain LoRA, in the base's own dtype.
+
+PEFT's layer casts its input to float32, lets autograd keep both products' inputs and adds three tensors; here the small products
+are added in place, x and the rank-r product alone are kept, and the gradients go straight into their static buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+class Group:
+    """LoRA layers over Linears that read the same input, computed as one: `weight` (sum of outs, in) holds theirs, one after the other.
+
+    Attributes:
+        layers: the PEFT layers; work: (down, up) of each in the base's dtype; grads: where their gradients are added, or None.
+        down: (sum of ranks, in), the work copies of all `down` as one tensor.
+    """
+
+    def __init__(self, layers: Sequence[Any], name: str) -> None:
+        self.layers, self.name = layers, name
+        self.outs = [m.base_layer.weight.shape[0] for m in layers]
+        self.ranks = [m.r[name] for m in layers]
+        self.params = [w for m in layers for w in (m.lora_A[name].weight, m.lora_B[name].weight)]
+        biases = [m.base_layer.bias for m in layers]
+        first = layers[0].base_layer.weight
+        if len(layers) == 1:
+            self.weight, self.bias = first, biases[0]
+        else:  # one tensor holds all, and each layer's own weight is a view of its rows
+            self.weight = torch.cat([m.base_layer.weight.detach() for m in layers])
+            for m, rows in zip(layers, self.weight.split(self.outs), strict=True):
+                m.base_layer.weight.data = rows
+            self.bias = None
+        self.even = len(layers) > 1 and len(set(self.outs)) == len(set(self.ranks)) == len({m.scaling[name] for m in layers}) == 1
+        self.down: torch.Tensor
+        self.work: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.grads: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.down_grad: torch.Tensor
+
+    def stacked(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """The `up` of all layers, which lie one after the other, as one (layers, out, rank)."""
+        first = pairs[0][1]
+        return first.as_strided((len(pairs), *first.shape), (first.numel(), *first.stride()))
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """x (..., in) -> one (..., out) for each layer. Without gradients the masters are read, so that no copy can be out of date."""
+        scales = [m.scaling[self.name] for m in self.layers]
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params)):
+            return (_EvenLora if self.even else _GroupLora).apply(x, self, scales, *self.params)
+        dtype = x.dtype
+        down = torch.cat([p.detach().to(dtype) for p in self.params[::2]])
+        flat = x.reshape(-1, x.shape[-1])
+        y, _ = self._product(flat, down, [p.detach().to(dtype) for p in self.params[1::2]], scales)
+        return tuple(piece.reshape(*x.shape[:-1], -1) for piece in y.split(self.outs, 1))
+
+    def _product(
+        self, x: torch.Tensor, down: torch.Tensor, ups: Sequence[torch.Tensor], scales: Sequence[float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y (M, sum of outs), h (M, sum of ranks)) of x (M, in)."""
+        y = x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        h = x @ down.t()
+        for piece, low, up, scale in zip(y.split(self.outs, 1), h.split(self.ranks, 1), ups, scales, strict=True):
+            piece.addmm_(low, up.t(), alpha=scale)
+        return y, h
+
+
+class _GroupLora(torch.autograd.Function):
+    """y_i = x W_i' + b + s_i (x down_i') up_i'. Kept: x and x down'."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group, scales: Sequence[float], *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flat = x.reshape(-1, x.shape[-1])
+        y, h = group._product(flat, group.down, [up for _, up in group.work], scales)
+        ctx.save_for_backward(flat, h)
+        ctx.group, ctx.scales, ctx.shape = group, scales, x.shape
+        return tuple(piece.view(*x.shape[:-1], -1) for piece in y.split(group.outs, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h = ctx.saved_tensors
+        group, scales = ctx.group, ctx.scales
+        gs = [g.reshape(len(x), -1) for g in gs]
+        g = gs[0] if len(gs) == 1 else torch.cat(gs, 1)
+        low = torch.empty_like(h)  # gradient of h, without the scales
+        for piece, own, (_, up) in zip(g.split(group.outs, 1), low.split(group.ranks, 1), group.work, strict=True):
+            torch.mm(piece, up, out=own)
+        same = all(s == scales[0] for s in scales)
+        if not same:
+            for own, scale in zip(low.split(group.ranks, 1), scales, strict=True):
+                own.mul_(scale)
+        factor = scales[0] if same else 1.0
+        if ctx.needs_input_grad[3]:
+            group.down_grad.addmm_(low.t(), x, alpha=factor)
+            for piece, own, (_, grad), scale in zip(g.split(group.outs, 1), h.split(group.ranks, 1), group.grads, scales, strict=True):
+                grad.addmm_(piece.t(), own, alpha=scale)
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = (g @ group.weight).addmm_(low, group.down, alpha=factor).view(ctx.shape)
+        return gx, None, None, *[None] * len(group.params)
+
+
+class _EvenLora(torch.autograd.Function):
+    """_GroupLora for layers of the same size, rank and scale: batched products, of which each output is dense (attention reads it so)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group, scales: Sequence[float], *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flat, count = x.reshape(-1, x.shape[-1]), len(group.outs)
+        weights = group.weight.view(count, group.outs[0], -1).transpose(1, 2)
+        y = torch.bmm(flat.expand(count, *flat.shape), weights)
+        h = flat @ group.down.t()
+        y.baddbmm_(h.view(len(flat), count, -1).transpose(0, 1), group.stacked(group.work).transpose(1, 2), alpha=scales[0])
+        ctx.save_for_backward(flat, h)
+        ctx.group, ctx.scale, ctx.shape = group, scales[0], x.shape
+        return tuple(y.view(count, *x.shape[:-1], -1).unbind(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h = ctx.saved_tensors
+        group, count = ctx.group, len(gs)
+        g = torch.cat([g.reshape(len(x), -1) for g in gs], 1)
+        each = g.view(len(x), count, -1).transpose(0, 1)
+        low = torch.bmm(each, group.stacked(group.work)).transpose(0, 1).reshape(len(x), -1)  # gradient of h, without the scale
+        if ctx.needs_input_grad[3]:
+            group.down_grad.addmm_(low.t(), x, alpha=ctx.scale)
+            ups = group.stacked(group.grads)
+            ups.baddbmm_(each.transpose(1, 2), h.view(len(x), count, -1).transpose(0, 1), alpha=ctx.scale)
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = (g @ group.weight).addmm_(low, group.down, alpha=ctx.scale).view(ctx.shape)
+        return gx, None, None, *[None] * len(group.params)
+
+
+class Conv:
+    """A LoRA layer over a Conv2d: `down` has the base's kernel, stride and padding, `up` is 1x1."""
+
+    def __init__(self, layer: Any, name: str) -> None:
+        self.layer, self.name = layer, name
+        base = layer.base_layer
+        self.weight, self.bias, self.stride, self.padding = base.weight, base.bias, base.stride, base.padding
+        self.params = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+        self.ranks = [layer.r[name]]
+        self.layers = [layer]
+        self.down: torch.Tensor
+        self.down_grad: torch.Tensor
+        self.work: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.grads: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.layer.scaling[self.name]
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params)):
+            return _ConvLora.apply(x, self, scale, *self.params)
+        return self._product(x, *(p.detach().to(x.dtype) for p in self.params), scale)[0]
+
+    def _product(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        h = F.conv2d(x, down, None, self.stride, self.padding)
+        return y.add_(F.conv2d(h, up), alpha=scale), h
+
+
+class _ConvLora(torch.autograd.Function):
+    """y = conv(x, W) + b + s conv1x1(conv(x, down), up). Kept: x and conv(x, down)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, conv: Conv, scale: float, *params: torch.Tensor) -> torch.Tensor:
+        y, h = conv._product(x, *conv.work[0], scale)
+        ctx.save_for_backward(x, h)
+        ctx.conv, ctx.scale = conv, scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h = ctx.saved_tensors
+        conv, trained = ctx.conv, ctx.needs_input_grad[3]
+        down, up = conv.work[0]
+        low, g_up = _conv_backward(g, h, up, (1, 1), (0, 0), (True, trained))
+        low.mul_(ctx.scale)
+        gx, g_down = _conv_backward(low, x, down, conv.stride, conv.padding, (ctx.needs_input_grad[0], trained))
+        if trained:
+            conv.grads[0][0].add_(g_down)
+            conv.grads[0][1].add_(g_up, alpha=ctx.scale)
+        if ctx.needs_input_grad[0]:
+            gx = gx.add_(_conv_backward(g, x, conv.weight, conv.stride, conv.padding, (True, False))[0])
+        return gx, None, None, None, None
+
+
+def _conv_backward(
+    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], want: tuple[bool, bool]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(gradient of x, gradient of the weight) of a convolution, each where it is wanted."""
+    return torch.ops.aten.convolution_backward(g, x, weight, None, list(stride), list(padding), [1, 1], False, [0, 0], 1, [*want, False])[
+        :2
+    ]
+
+
+class FrozenConv(torch.autograd.Function):
+    """A convolution whose weight is frozen, so that its input is not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Sequence[int], padding: Sequence[int]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.how, ctx.shape = (stride, padding), x.shape
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        x = g.new_empty(1).expand(ctx.shape)  # its shape is read, its values are not
+        return _conv_backward(g, x, weight, *ctx.how, (True, False))[0], None, None, None, None
+
+
+class Weights:
+    """Of all lean layers: their masters, gradients and, where the base is in 16 bits, work copies, each flat with a view for each tensor.
+
+    `begin` is called before the gradients of each step and `collect` after each backward.
+    """
+
+    def __init__(self, groups: Sequence[Group | Conv]) -> None:
+        order = [p for g in groups for p in (*g.params[::2], *g.params[1::2])]  # the `down` of a group stand together
+        device, dtype = order[0].device, groups[0].weight.dtype
+        sizes = [-(-p.numel() // 8) * 8 for p in order]  # each begins on 16 bytes
+        self.master = torch.zeros(sum(sizes), device=device)
+        self.grad = torch.zeros_like(self.master)
+        self.work = self.master if dtype == torch.float32 else torch.zeros(sum(sizes), device=device, dtype=dtype)
+        self.work_grad = self.grad if self.work is self.master else torch.zeros_like(self.work)
+        flats = (self.master, self.grad, self.work, self.work_grad)
+        views: dict[torch.nn.Parameter, list[torch.Tensor]] = {}
+        at = 0
+        for p, size in zip(order, sizes, strict=True):
+            views[p] = [x[at : at + p.numel()].view(p.shape) for x in flats]
+            views[p][0].copy_(p.detach())
+            p.data = views[p][0]
+            at += size
+        self.grads = {p: v[1] for p, v in views.items()}
+        starts = dict(zip(order, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
+        for g in groups:
+            downs, ups = g.params[::2], g.params[1::2]
+            g.work = [(views[d][2], views[u][2]) for d, u in zip(downs, ups, strict=True)]
+            g.grads = [(views[d][3], views[u][3]) for d, u in zip(downs, ups, strict=True)]
+            if isinstance(g, Group):
+                rows, columns = sum(g.ranks), downs[0].shape[1]
+                assert len(downs) == 1 or all(d.numel() % 8 == 0 for d in downs)
+                span = slice(starts[downs[0]], starts[downs[0]] + rows * columns)
+                g.even = g.even and ups[0].numel() % 8 == 0  # then they have no gaps between them
+                g.down, g.down_grad = self.work[span].view(rows, columns), self.work_grad[span].view(rows, columns)
+
+    def begin(self) -> None:
+        """Bring the work copies up to the masters and set all gradients to zero."""
+        if self.work is not self.master:
+            self.work.copy_(self.master)
+            self.work_grad.zero_()
+        self.grad.zero_()
+
+    def collect(self) -> None:
+        """Add what the backward passes left in 16 bits to the float32 gradients."""
+        if self.work is not self.master:
+            self.grad.add_(self.work_grad)
+            self.work_grad.zero_()
