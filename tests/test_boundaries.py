@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 GRADIO = ("app/ui.py", "app/server.py", "app/forms.py", "app/pages/", "app/parts/")
-SUBPROCESS = ("app/runner.py", "launch.py")
+SUBPROCESS = ("app/runner.py", "launch.py", "trainer/bench/sides.py")  # the bench times whole processes
 SQLITE = ("app/jobs.py",)
 FORMATS = ("trainer/formats/", "tests/")
 KEYS = re.compile(r"lora_unet|lora_te|\bss_")

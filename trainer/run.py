@@ -210,6 +210,7 @@ def _train(
     if processes.main:
         cache.prune()
     models.park("vae", *(p for p in models.text if p not in store.text.live))
+    models.fetch("unet", *store.text.live)
 
     # 4. what is trained
     layers = kohya.layers(models.parts)

@@ -61,6 +61,7 @@ class Models:
         alphas_cumprod: (steps,) of the noise schedule; None for flow matching.
         windows, weighted: how prompts are read: at most so many windows of 75 tokens; whether (word:1.2) weighs words.
         parked: what lives on the CPU between uses.
+        bits: of the denoiser's large weights: 16 (32 on a base in float32), or 8 or 4 where they are packed.
     """
 
     parts: dict[str, torch.nn.Module]
@@ -75,6 +76,7 @@ class Models:
     windows: int = 3
     weighted: bool = False
     parked: set[str] = field(default_factory=set)
+    bits: int = 16
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -90,6 +92,12 @@ class Models:
         for name in names:
             self.parked.add(name)
             self.module(name).to("cpu")
+
+    def fetch(self, *names: str) -> None:
+        """Have parked modules on the device from now on."""
+        for name in self.parked.intersection(names):
+            self.module(name).to(self.device)
+            self.parked.remove(name)
 
     @contextmanager
     def borrow(self, *names: str) -> Iterator[None]:

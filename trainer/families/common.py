@@ -112,11 +112,14 @@ class Common:
 
     @torch.no_grad()
     def conditions(self, models: Models, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
-        """Conditioning of `prompts` for pictures of `size` (width, height), by the encoders as they are now."""
-        with models.borrow(*models.text):
-            tokens = {part: self.tokenize(models, part, prompts).to(models.device) for part in models.text}
-            pieces = torch.arange(len(prompts), device=models.device).split(TEXT_ROWS)
-            found = [{part: self.encode_text(models, part, t.rows(p)) for part, t in tokens.items()} for p in pieces]
+        """Conditioning of `prompts` for pictures of `size` (width, height), by the encoders as they are now, borrowed one after the other."""
+        pieces = torch.arange(len(prompts), device=models.device).split(TEXT_ROWS)
+        found: list[dict[str, States]] = [{} for _ in pieces]
+        for part in models.text:
+            tokens = self.tokenize(models, part, prompts).to(models.device)
+            with models.borrow(part):
+                for states, p in zip(found, pieces, strict=True):
+                    states[part] = self.encode_text(models, part, tokens.rows(p))
         whole = self.size(size, Placement(*size, (0.0, 0.0, *map(float, size)), 1.0, 1.0), False)
         ids = None if whole is None else torch.tensor([whole], device=models.device)
         conds = [self.condition(models, s, None if ids is None else ids.expand(len(p), -1)) for s, p in zip(found, pieces, strict=True)]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from trainer.lean.lora import Conv, Group, Weights
+from trainer.lean.narrow import NarrowConv2d, NarrowLinear, kept
 
 QKV = re.compile(r"(.*\.attn[12])\.(to_q|to_k|to_v)")  # of the UNets; layers of one attention that read the same input
 
@@ -32,7 +33,7 @@ def install(parts: dict[str, nn.Module], layers: dict[str, dict[str, Any]], name
         if type(model) is UNet2DConditionModel:
             frozen.install(model)
     every = [m for found in layers.values() for m in found.values()]
-    dtypes = {m.base_layer.weight.dtype for m in every}
+    dtypes = {kept(m.base_layer).dtype for m in every}
     if len(dtypes) != 1 or not all(_plain(m, name) for m in every):
         return None
     groups: list[Group | Conv] = []
@@ -70,9 +71,9 @@ def _plain(m: Any, name: str) -> bool:
     if type(m) not in (Linear, Conv2d) or not isinstance(m.lora_dropout[name], nn.Identity) or list(m.lora_A) != [name]:
         return False
     base = m.base_layer
-    if type(base) is nn.Conv2d:
+    if type(base) in (nn.Conv2d, NarrowConv2d):
         return base.groups == 1 and base.dilation == (1, 1) and base.padding_mode == "zeros"
-    return type(base) is nn.Linear
+    return type(base) in (nn.Linear, NarrowLinear)
 
 
 def _shared(model: nn.Module, found: dict[str, Any], name: str) -> list[list[str]]:

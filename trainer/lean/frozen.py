@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainer import kernels
-from trainer.lean.lora import FrozenConv
+from trainer.lean.narrow import FrozenConv
 
 
 def install(unet: nn.Module) -> None:

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from trainer.lean.narrow import NarrowLinear, Packed, conv_backward, join, kept, rows, wide
+
 
 class Group:
-    """LoRA layers over Linears that read the same input, computed as one: `weight` (sum of outs, in) holds theirs, one after the other.
+    """LoRA layers over Linears that read the same input, computed as one: `weight` (sum of outs, in), wide or packed, holds theirs, one after the other.
 
     Attributes:
         layers: the PEFT layers; work: (down, up) of each in the base's dtype; grads: where their gradients are added, or None.
@@ -24,18 +26,22 @@ class Group:
 
     def __init__(self, layers: Sequence[Any], name: str) -> None:
         self.layers, self.name = layers, name
-        self.outs = [m.base_layer.weight.shape[0] for m in layers]
+        bases = [m.base_layer for m in layers]
+        self.outs = [m.out_features for m in bases]
         self.ranks = [m.r[name] for m in layers]
         self.params = [w for m in layers for w in (m.lora_A[name].weight, m.lora_B[name].weight)]
-        biases = [m.base_layer.bias for m in layers]
-        first = layers[0].base_layer.weight
-        if len(layers) == 1:
-            self.weight, self.bias = first, biases[0]
-        else:  # one tensor holds all, and each layer's own weight is a view of its rows
-            self.weight = torch.cat([m.base_layer.weight.detach() for m in layers])
-            for m, rows in zip(layers, self.weight.split(self.outs), strict=True):
-                m.base_layer.weight.data = rows
-            self.bias = None
+        self.weight: torch.Tensor | Packed
+        self.bias = bases[0].bias if len(bases) == 1 else None
+        if len(bases) == 1:
+            self.weight = kept(bases[0])
+        elif isinstance(bases[0], NarrowLinear):  # one tensor holds all, and each layer's own weight is a view of its rows
+            self.weight = join([m.packed for m in bases])
+            for m, own in zip(bases, rows(self.weight, self.outs), strict=True):
+                m.codes, m.scales = own.codes, own.scales
+        else:
+            self.weight = torch.cat([m.weight.detach() for m in bases])
+            for m, own in zip(bases, self.weight.split(self.outs), strict=True):
+                m.weight.data = own
         self.even = len(layers) > 1 and len(set(self.outs)) == len(set(self.ranks)) == len({m.scaling[name] for m in layers}) == 1
         self.down: torch.Tensor
         self.work: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -62,7 +68,8 @@ class Group:
         self, x: torch.Tensor, down: torch.Tensor, ups: Sequence[torch.Tensor], scales: Sequence[float]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(y (M, sum of outs), h (M, sum of ranks)) of x (M, in)."""
-        y = x @ self.weight.t() if self.bias is None else torch.addmm(self.bias, x, self.weight.t())
+        weight = wide(self.weight).t()
+        y = x @ weight if self.bias is None else torch.addmm(self.bias, x, weight)
         h = x @ down.t()
         for piece, low, up, scale in zip(y.split(self.outs, 1), h.split(self.ranks, 1), ups, scales, strict=True):
             piece.addmm_(low, up.t(), alpha=scale)
@@ -101,7 +108,7 @@ class _GroupLora(torch.autograd.Function):
                 grad.addmm_(piece.t(), own, alpha=scale)
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = (g @ group.weight).addmm_(low, group.down, alpha=factor).view(ctx.shape)
+            gx = (g @ wide(group.weight)).addmm_(low, group.down, alpha=factor).view(ctx.shape)
         return gx, None, None, *[None] * len(group.params)
 
 
@@ -111,7 +118,7 @@ class _EvenLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Group, scales: Sequence[float], *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
         flat, count = x.reshape(-1, x.shape[-1]), len(group.outs)
-        weights = group.weight.view(count, group.outs[0], -1).transpose(1, 2)
+        weights = wide(group.weight).view(count, group.outs[0], -1).transpose(1, 2)
         y = torch.bmm(flat.expand(count, *flat.shape), weights)
         h = flat @ group.down.t()
         y.baddbmm_(h.view(len(flat), count, -1).transpose(0, 1), group.stacked(group.work).transpose(1, 2), alpha=scales[0])
@@ -133,7 +140,7 @@ class _EvenLora(torch.autograd.Function):
             ups.baddbmm_(each.transpose(1, 2), h.view(len(x), count, -1).transpose(0, 1), alpha=ctx.scale)
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = (g @ group.weight).addmm_(low, group.down, alpha=ctx.scale).view(ctx.shape)
+            gx = (g @ wide(group.weight)).addmm_(low, group.down, alpha=ctx.scale).view(ctx.shape)
         return gx, None, None, *[None] * len(group.params)
 
 
@@ -143,7 +150,7 @@ class Conv:
     def __init__(self, layer: Any, name: str) -> None:
         self.layer, self.name = layer, name
         base = layer.base_layer
-        self.weight, self.bias, self.stride, self.padding = base.weight, base.bias, base.stride, base.padding
+        self.weight, self.bias, self.stride, self.padding = kept(base), base.bias, base.stride, base.padding
         self.params = [layer.lora_A[name].weight, layer.lora_B[name].weight]
         self.ranks = [layer.r[name]]
         self.layers = [layer]
@@ -159,7 +166,7 @@ class Conv:
         return self._product(x, *(p.detach().to(x.dtype) for p in self.params), scale)[0]
 
     def _product(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        y = F.conv2d(x, wide(self.weight), self.bias, self.stride, self.padding)
         h = F.conv2d(x, down, None, self.stride, self.padding)
         return y.add_(F.conv2d(h, up), alpha=scale), h
 
@@ -180,43 +187,15 @@ class _ConvLora(torch.autograd.Function):
         x, h = ctx.saved_tensors
         conv, trained = ctx.conv, ctx.needs_input_grad[3]
         down, up = conv.work[0]
-        low, g_up = _conv_backward(g, h, up, (1, 1), (0, 0), (True, trained))
+        low, g_up = conv_backward(g, h, up, (1, 1), (0, 0), (True, trained))
         low.mul_(ctx.scale)
-        gx, g_down = _conv_backward(low, x, down, conv.stride, conv.padding, (ctx.needs_input_grad[0], trained))
+        gx, g_down = conv_backward(low, x, down, conv.stride, conv.padding, (ctx.needs_input_grad[0], trained))
         if trained:
             conv.grads[0][0].add_(g_down)
             conv.grads[0][1].add_(g_up, alpha=ctx.scale)
         if ctx.needs_input_grad[0]:
-            gx = gx.add_(_conv_backward(g, x, conv.weight, conv.stride, conv.padding, (True, False))[0])
+            gx = gx.add_(conv_backward(g, x, wide(conv.weight), conv.stride, conv.padding, (True, False))[0])
         return gx, None, None, None, None
-
-
-def _conv_backward(
-    g: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], want: tuple[bool, bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(gradient of x, gradient of the weight) of a convolution, each where it is wanted."""
-    return torch.ops.aten.convolution_backward(g, x, weight, None, list(stride), list(padding), [1, 1], False, [0, 0], 1, [*want, False])[
-        :2
-    ]
-
-
-class FrozenConv(torch.autograd.Function):
-    """A convolution whose weight is frozen, so that its input is not kept."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: Sequence[int], padding: Sequence[int]
-    ) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        ctx.how, ctx.shape = (stride, padding), x.shape
-        return F.conv2d(x, weight, bias, stride, padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        x = g.new_empty(1).expand(ctx.shape)  # its shape is read, its values are not
-        return _conv_backward(g, x, weight, *ctx.how, (True, False))[0], None, None, None, None
 
 
 class Weights:
