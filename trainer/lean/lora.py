@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from trainer import kernels
 from trainer.lean.narrow import NarrowLinear, Packed, conv_backward, join, kept, rows, wide
 
 
@@ -47,6 +48,7 @@ class Group:
         self.work: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.grads: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.down_grad: torch.Tensor
+        self.triton: Any = None  # trainer.kernels.lora, where it serves these layers
 
     def stacked(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """The `up` of all layers, which lie one after the other, as one (layers, out, rank)."""
@@ -57,7 +59,8 @@ class Group:
         """x (..., in) -> one (..., out) for each layer. Without gradients the masters are read, so that no copy can be out of date."""
         scales = [m.scaling[self.name] for m in self.layers]
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params)):
-            return (_EvenLora if self.even else _GroupLora).apply(x, self, scales, *self.params)
+            whole = self.triton and self.triton.whole(x[..., 0].numel(), sum(self.outs), x.shape[-1])
+            return (_WholeLora if whole else _EvenLora if self.even else _GroupLora).apply(x, self, scales, *self.params)
         dtype = x.dtype
         down = torch.cat([p.detach().to(dtype) for p in self.params[::2]])
         flat = x.reshape(-1, x.shape[-1])
@@ -74,6 +77,39 @@ class Group:
         for piece, low, up, scale in zip(y.split(self.outs, 1), h.split(self.ranks, 1), ups, scales, strict=True):
             piece.addmm_(low, up.t(), alpha=scale)
         return y, h
+
+
+class _WholeLora(torch.autograd.Function):
+    """_GroupLora by kernels that do a layer whole, for layers of the same size, rank and scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group, scales: Sequence[float], *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flat = _rows(x)
+        y, h = group.triton.forward(flat, wide(group.weight), group.bias, group.down, group.stacked(group.work), scales[0])
+        ctx.save_for_backward(flat, h)
+        ctx.group, ctx.scale, ctx.shape = group, scales[0], x.shape
+        return tuple(y.view(len(y), *x.shape[:-1], -1).unbind(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h = ctx.saved_tensors
+        group, ups, rows = ctx.group, ctx.group.stacked(ctx.group.work), [_rows(g) for g in gs]
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx, low = group.triton.backward(rows, wide(group.weight), group.down, ups, ctx.scale)
+            gx = gx.view(ctx.shape)
+        elif ctx.needs_input_grad[3]:
+            low = torch.cat([g @ up for g, up in zip(rows, ups, strict=True)], 1)
+        if ctx.needs_input_grad[3]:
+            group.triton.gradients(x, h, rows, low, group.down_grad, group.stacked(group.grads), ctx.scale)
+        return gx, None, None, *[None] * len(group.params)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., D) as (M, D), each row dense."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 class _GroupLora(torch.autograd.Function):
@@ -102,7 +138,9 @@ class _GroupLora(torch.autograd.Function):
             for own, scale in zip(low.split(group.ranks, 1), scales, strict=True):
                 own.mul_(scale)
         factor = scales[0] if same else 1.0
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] and group.triton:
+            group.triton.gradients(x, h, [g], low, group.down_grad, group.stacked(group.grads), factor)
+        elif ctx.needs_input_grad[3]:
             group.down_grad.addmm_(low.t(), x, alpha=factor)
             for piece, own, (_, grad), scale in zip(g.split(group.outs, 1), h.split(group.ranks, 1), group.grads, scales, strict=True):
                 grad.addmm_(piece.t(), own, alpha=scale)
@@ -134,7 +172,9 @@ class _EvenLora(torch.autograd.Function):
         g = torch.cat([g.reshape(len(x), -1) for g in gs], 1)
         each = g.view(len(x), count, -1).transpose(0, 1)
         low = torch.bmm(each, group.stacked(group.work)).transpose(0, 1).reshape(len(x), -1)  # gradient of h, without the scale
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] and group.triton:
+            group.triton.gradients(x, h, list(each), low, group.down_grad, group.stacked(group.grads), ctx.scale)
+        elif ctx.needs_input_grad[3]:
             group.down_grad.addmm_(low.t(), x, alpha=ctx.scale)
             ups = group.stacked(group.grads)
             ups.baddbmm_(each.transpose(1, 2), h.view(len(x), count, -1).transpose(0, 1), alpha=ctx.scale)
@@ -231,6 +271,10 @@ class Weights:
                 assert len(downs) == 1 or all(d.numel() % 8 == 0 for d in downs)
                 span = slice(starts[downs[0]], starts[downs[0]] + rows * columns)
                 g.even = g.even and ups[0].numel() % 8 == 0  # then they have no gaps between them
+                if (len(downs) == 1 or g.even) and kernels.by_triton(self.work):
+                    from trainer.kernels import lora
+
+                    g.triton = lora if lora.fits(g.ranks[0], (g.outs[0], columns), dtype) else None
                 g.down, g.down_grad = self.work[span].view(rows, columns), self.work_grad[span].view(rows, columns)
 
     def begin(self) -> None:

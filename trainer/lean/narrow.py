@@ -99,7 +99,7 @@ def _pack4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _wide4(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if kernels._fused(scales):
+    if kernels.by_triton(scales):
         from trainer.kernels import nf4
 
         return nf4.widen(codes, scales, _table(codes.device), dtype)
@@ -168,6 +168,11 @@ class NarrowLinear(_Narrow, nn.Linear):
 class NarrowConv2d(_Narrow, nn.Conv2d):
     """The same for an nn.Conv2d."""
 
+    def __new__(cls, *args: Any, **more: Any) -> nn.Conv2d:
+        if args and not isinstance(args[0], Packed):  # PEFT makes an adapter's convolutions by the class of the base's: they are plain
+            return nn.Conv2d(*args, **more)
+        return super().__new__(cls)
+
     def __init__(self, packed: Packed, old: nn.Conv2d) -> None:
         nn.Module.__init__(self)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
@@ -209,14 +214,19 @@ class FrozenConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, stride: Sequence[int], padding: Sequence[int]
     ) -> torch.Tensor:
-        ctx.weight, ctx.how, ctx.shape = weight, (stride, padding), x.shape
+        ctx.weight, ctx.how, ctx.shape, ctx.like = weight, (stride, padding), x.shape, _format(x)
         return F.conv2d(x, wide(weight), bias, stride, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x = g.new_empty(1).expand(ctx.shape)  # its shape is read, its values are not
+        # Its shape and memory format are read, its values are not: in another format cuDNN's gradients would be copied to it and back.
+        x = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=ctx.like)
         return conv_backward(g, x, wide(ctx.weight), *ctx.how, (True, False))[0], None, None, None, None
+
+
+def _format(x: torch.Tensor) -> torch.memory_format:
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
 
 def conv_backward(
