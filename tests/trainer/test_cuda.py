@@ -93,3 +93,25 @@ def test_previews_borrow_the_frozen_encoder_and_the_vae(dtype, tmp_path):
     shown = [e["images"] for e in events.read(done.events) if e["type"] == "preview"]
     first, last = (np.stack([np.asarray(Image.open(done.previews / n), np.float32) for n in names]) for names in (shown[0], shown[-1]))
     assert first.std() > 20 and np.abs(first - last).mean() > 1
+
+
+def test_a_full_gpu_makes_the_run_go_on_in_a_smaller_way(tmp_path):
+    """With three quarters of the memory that it would take, by torch's own cap; as many steps, and the same learnt to rounding."""
+    settings = {"train__batch_size": 14, "train__reproducible": True, "train__dtype": "bf16"}
+    _, whole = run.train(config(**settings), tmp_path / "whole")
+    peak = max(e["memory_gib"] for e in events.read(whole.events) if e["type"] == "step")
+    total = torch.cuda.mem_get_info()[1] / 2**30
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.75 * peak / total)
+    try:
+        outcome, short = run.train(config(**settings), tmp_path / "short")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.use_deterministic_algorithms(False)
+    told = list(events.read(short.events))
+    assert outcome == "finished"
+    assert [e["mode"] for e in told if e["type"] == "memory"][0] == "fast"
+    assert [e["mode"] for e in told if e["type"] == "memory"][-1] in ("selective", "checkpointing")
+    assert any("ran out after step" in e["text"] for e in told if e["type"] == "warning")
+    losses = [[e["loss"] for e in events.read(done.events) if e["type"] == "step"] for done in (whole, short)]
+    assert losses[0][-1] == pytest.approx(losses[1][-1], rel=0.02)
