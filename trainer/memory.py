@@ -42,7 +42,11 @@ GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CONTEXT = 0.8  # what a CUDA process holds beside torch's tensors: context, libraries, blocks that are kept for reuse
 PROCESS = 0.6  # a process on the CPU with torch and diffusers loaded, before any model
-BYTES_TRAINED = {"fp32": 16, "bf16": 20, "fp16": 20}  # of an adapter's number: fp32 weight, gradient, two moments; 16-bit weight and gradient
+BYTES_TRAINED = {
+    "fp32": 16,
+    "bf16": 20,
+    "fp16": 20,
+}  # of an adapter's number: fp32 weight, gradient, two moments; 16-bit weight and gradient
 PACKED = {"unet": 0.99, "text_3": 0.97}  # share of the numbers that is packed in 8 or 4 bits
 BYTES_PACKED = {8: 8.5 / 8, 4: 4.25 / 8}  # with the scales
 # The VAE in fp32, in GiB for each pixel of a batch, measured from 512 to 1536 px; and the pixels that one batch has at least.
@@ -253,7 +257,9 @@ def training(config: TrainConfig, need: Need, choice: Choice) -> float:
     kept *= need.pixels / t.native**2 * -(-need.rows // choice.accumulation)
     held = ("unet", *t.texts, *(("text_3",) if need.t5 else ()), "vae") if need.cpu else ("unet", *trained)
     state = lora_parameters(config, need.table) * BYTES_TRAINED[need.dtype] / GIB
-    return weights(need.table, need.dtype, held, config.model.t5, mode.bits) + state + kept + t.overhead + (PROCESS if need.cpu else CONTEXT)
+    return (
+        weights(need.table, need.dtype, held, config.model.t5, mode.bits) + state + kept + t.overhead + (PROCESS if need.cpu else CONTEXT)
+    )
 
 
 def stages(config: TrainConfig, need: Need, choice: Choice) -> dict[str, float]:

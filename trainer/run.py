@@ -189,7 +189,9 @@ class _Room:
 
     def words(self) -> str:
         assert self.choice is not None
-        cut = f", its batches cut into {self.choice.accumulation} parts" if self.choice.accumulation > self.config.train.accumulation else ""
+        cut = (
+            f", its batches cut into {self.choice.accumulation} parts" if self.choice.accumulation > self.config.train.accumulation else ""
+        )
         return memory.MODES[self.choice.mode].title + cut
 
 

@@ -110,7 +110,7 @@ def test_a_full_gpu_makes_the_run_go_on_in_a_smaller_way(tmp_path):
         torch.use_deterministic_algorithms(False)
     told = list(events.read(short.events))
     assert outcome == "finished"
-    assert [e["mode"] for e in told if e["type"] == "memory"][0] == "fast"
+    assert next(e["mode"] for e in told if e["type"] == "memory") == "fast"
     assert [e["mode"] for e in told if e["type"] == "memory"][-1] in ("selective", "checkpointing")
     assert any("ran out after step" in e["text"] for e in told if e["type"] == "warning")
     losses = [[e["loss"] for e in events.read(done.events) if e["type"] == "step"] for done in (whole, short)]

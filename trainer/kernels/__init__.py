@@ -34,7 +34,10 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
 
 
 def geglu(p: Tensor) -> Tensor:
-    """value * gelu(gate), erf form, of p (..., 2H) = value, gate (Shazeer 2020, "GLU variants improve transformer"): (..., H)."""
+    """value * gelu(gate), erf form, of p (..., 2H) = value, gate (Shazeer 2020, "GLU variants improve transformer"): (..., H).
+
+    The backward pass may write over p, which no other function may keep.
+    """
     return _GEGLU.apply(p)
 
 

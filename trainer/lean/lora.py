@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from trainer import kernels
-from trainer.lean.narrow import NarrowLinear, Packed, conv_backward, join, kept, rows, wide
+from trainer.lean.narrow import NarrowLinear, Packed, conv_backward, conv_input_gradient, join, kept, rows, wide
 
 
 class Group:
@@ -43,12 +43,20 @@ class Group:
             self.weight = torch.cat([m.weight.detach() for m in bases])
             for m, own in zip(bases, self.weight.split(self.outs), strict=True):
                 m.weight.data = own
-        self.even = len(layers) > 1 and len(set(self.outs)) == len(set(self.ranks)) == len({m.scaling[name] for m in layers}) == 1
+        alike = len(set(self.outs)) == len(set(self.ranks)) == len({m.scaling[name] for m in layers}) == 1
+        self.even = len(layers) > 1 and alike and self.params[1].numel() % 8 == 0  # then their `up` lie without gaps
         self.down: torch.Tensor
         self.work: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.grads: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.down_grad: torch.Tensor
         self.triton: Any = None  # trainer.kernels.lora, where it serves these layers
+
+    def choose(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Say whether Triton's kernels serve these layers."""
+        if (len(self.layers) == 1 or self.even) and kernels.by_triton(torch.empty(0, device=device, dtype=dtype)):
+            from trainer.kernels import lora
+
+            self.triton = lora if lora.fits(self.ranks[0], (self.outs[0], self.params[0].shape[1]), dtype) else None
 
     def stacked(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """The `up` of all layers, which lie one after the other, as one (layers, out, rank)."""
@@ -194,6 +202,7 @@ class Conv:
         self.params = [layer.lora_A[name].weight, layer.lora_B[name].weight]
         self.ranks = [layer.r[name]]
         self.layers = [layer]
+        self.triton = None
         self.down: torch.Tensor
         self.down_grad: torch.Tensor
         self.work: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -234,34 +243,40 @@ class _ConvLora(torch.autograd.Function):
             conv.grads[0][0].add_(g_down)
             conv.grads[0][1].add_(g_up, alpha=ctx.scale)
         if ctx.needs_input_grad[0]:
-            gx = gx.add_(conv_backward(g, x, wide(conv.weight), conv.stride, conv.padding, (True, False))[0])
+            gx = gx.add_(conv_input_gradient(g, x.shape, wide(conv.weight), conv.stride, conv.padding))
         return gx, None, None, None, None
 
 
 class Weights:
     """Of all lean layers: their masters, gradients and, where the base is in 16 bits, work copies, each flat with a view for each tensor.
 
-    `begin` is called before the gradients of each step and `collect` after each backward.
+    `begin` is called before the gradients of each step and `collect` after each backward. Triton's kernels add to the float32 gradients
+    themselves; what others leave in 16 bits is added by `collect`, and their layers come first.
     """
 
     def __init__(self, groups: Sequence[Group | Conv]) -> None:
+        device, dtype = groups[0].params[0].device, groups[0].weight.dtype
+        for g in groups:
+            if isinstance(g, Group):
+                g.choose(device, dtype)
+        groups = sorted(groups, key=lambda g: g.triton is not None)
         order = [p for g in groups for p in (*g.params[::2], *g.params[1::2])]  # the `down` of a group stand together
-        device, dtype = order[0].device, groups[0].weight.dtype
         sizes = [-(-p.numel() // 8) * 8 for p in order]  # each begins on 16 bytes
         self.master = torch.zeros(sum(sizes), device=device)
         self.grad = torch.zeros_like(self.master)
         self.work = self.master if dtype == torch.float32 else torch.zeros(sum(sizes), device=device, dtype=dtype)
-        self.work_grad = self.grad if self.work is self.master else torch.zeros_like(self.work)
-        flats = (self.master, self.grad, self.work, self.work_grad)
+        narrow = {p for g in groups if g.triton is None for p in g.params} if self.work is not self.master else set()
+        self.work_grad = torch.zeros(sum(s for p, s in zip(order, sizes, strict=True) if p in narrow), device=device, dtype=dtype)
         views: dict[torch.nn.Parameter, list[torch.Tensor]] = {}
-        at = 0
+        starts, at = {}, 0
         for p, size in zip(order, sizes, strict=True):
+            flats = (self.master, self.grad, self.work, self.work_grad if p in narrow else self.grad)
             views[p] = [x[at : at + p.numel()].view(p.shape) for x in flats]
             views[p][0].copy_(p.detach())
             p.data = views[p][0]
+            starts[p] = at
             at += size
         self.grads = {p: v[1] for p, v in views.items()}
-        starts = dict(zip(order, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
         for g in groups:
             downs, ups = g.params[::2], g.params[1::2]
             g.work = [(views[d][2], views[u][2]) for d, u in zip(downs, ups, strict=True)]
@@ -270,22 +285,18 @@ class Weights:
                 rows, columns = sum(g.ranks), downs[0].shape[1]
                 assert len(downs) == 1 or all(d.numel() % 8 == 0 for d in downs)
                 span = slice(starts[downs[0]], starts[downs[0]] + rows * columns)
-                g.even = g.even and ups[0].numel() % 8 == 0  # then they have no gaps between them
-                if (len(downs) == 1 or g.even) and kernels.by_triton(self.work):
-                    from trainer.kernels import lora
-
-                    g.triton = lora if lora.fits(g.ranks[0], (g.outs[0], columns), dtype) else None
-                g.down, g.down_grad = self.work[span].view(rows, columns), self.work_grad[span].view(rows, columns)
+                g.down = self.work[span].view(rows, columns)
+                g.down_grad = (self.work_grad if downs[0] in narrow else self.grad)[span].view(rows, columns)
 
     def begin(self) -> None:
         """Bring the work copies up to the masters and set all gradients to zero."""
         if self.work is not self.master:
             self.work.copy_(self.master)
-            self.work_grad.zero_()
+        self.work_grad.zero_()
         self.grad.zero_()
 
     def collect(self) -> None:
         """Add what the backward passes left in 16 bits to the float32 gradients."""
-        if self.work is not self.master:
-            self.grad.add_(self.work_grad)
+        if len(self.work_grad):
+            self.grad[: len(self.work_grad)].add_(self.work_grad)
             self.work_grad.zero_()

@@ -87,6 +87,10 @@ def _pack8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _wide8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if kernels.by_triton(scales):
+        from trainer.kernels import narrow as form
+
+        return form.widen8(codes, scales, dtype)
     out = torch.empty(len(scales), BLOCK, dtype=dtype, device=codes.device)
     return torch.mul(codes.view(-1, BLOCK), scales[:, None], out=out).flatten()
 
@@ -100,9 +104,9 @@ def _pack4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _wide4(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if kernels.by_triton(scales):
-        from trainer.kernels import nf4
+        from trainer.kernels import narrow as form
 
-        return nf4.widen(codes, scales, _table(codes.device), dtype)
+        return form.widen4(codes, scales, _table(codes.device), dtype)
     if codes.is_cuda and _library():
         return torch.ops.bitsandbytes.dequantize_4bit(codes, scales.float(), BLOCK, "nf4", [2 * len(codes)], dtype)
     return plain4(codes, scales, dtype)
@@ -214,19 +218,26 @@ class FrozenConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, stride: Sequence[int], padding: Sequence[int]
     ) -> torch.Tensor:
-        ctx.weight, ctx.how, ctx.shape, ctx.like = weight, (stride, padding), x.shape, _format(x)
+        ctx.weight, ctx.how, ctx.shape = weight, (stride, padding), x.shape
         return F.conv2d(x, wide(weight), bias, stride, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Its shape and memory format are read, its values are not: in another format cuDNN's gradients would be copied to it and back.
-        x = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=ctx.like)
-        return conv_backward(g, x, wide(ctx.weight), *ctx.how, (True, False))[0], None, None, None, None
+        return conv_input_gradient(g, ctx.shape, wide(ctx.weight), *ctx.how), None, None, None, None
 
 
-def _format(x: torch.Tensor) -> torch.memory_format:
-    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+def conv_input_gradient(
+    g: torch.Tensor, shape: torch.Size, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> torch.Tensor:
+    """Gradient of a convolution's input of `shape`, whose values it does not need."""
+    if not g.is_cuda:
+        x = g.new_empty(1).expand(shape)  # its shape is read
+        return conv_backward(g, x, weight, stride, padding, (True, False))[0]
+    # The transposed convolution. cuDNN's convolution_backward would take its memory format from the input, and copy g to it and back.
+    sides = zip(shape[2:], g.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    rest = [size - ((out - 1) * step + kernel - 2 * pad) for size, out, kernel, step, pad in sides]
+    return F.conv_transpose2d(g, weight, None, tuple(stride), tuple(padding), tuple(rest))
 
 
 def conv_backward(
