@@ -1,4 +1,4 @@
-"""python -m trainer train | caption | compare | generate | serve | inspect | convert | cache | bench | probe"""
+"""python -m trainer train | caption | compare | generate | serve | inspect | convert | cache | bench | fits | probe"""
 
 from __future__ import annotations
 
@@ -196,6 +196,18 @@ def _probe(args: argparse.Namespace) -> int:
     from trainer.hardware import probe
 
     print(json.dumps(probe(), indent=1, ensure_ascii=False))
+    return 0
+
+
+def _fits(args: argparse.Namespace) -> int:
+    from trainer import memory
+
+    if args.gib is None:
+        print(memory.table_of_cards())
+        return 0
+    for (base, side), fit in zip(memory.BASES.values(), memory.fits(args.gib), strict=True):
+        how = f"{memory.MODES[fit.mode].title}, about {fit.gib:.1f} GiB, a step {fit.cost:.1f} x as long" if fit else "does not fit"
+        print(f"{base} at {side} px: {how}")
     return 0
 
 
@@ -404,6 +416,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="set the figures against those of an older --json")
     p.set_defaults(call=_bench)
+
+    p = commands.add_parser("fits", help="which bases train in how much memory, and how: a table by card")
+    p.add_argument("gib", nargs="?", type=float, help="free memory of a GPU in GiB, for this alone")
+    p.set_defaults(call=_fits)
 
     p = commands.add_parser("probe", help="print this machine's hardware and versions as JSON")
     p.set_defaults(call=_probe)

@@ -48,7 +48,7 @@ def choose(device: str = "auto", dtype: str = "auto", attention: str = "sdpa") -
 
 
 def probe() -> dict:
-    """What this machine has, JSON-able; sizes in GiB. `choice` is choose() as a dict, `slow` a list of sentences. Imports torch."""
+    """What this machine has, JSON-able; sizes in GiB. `choice` is choose() as a dict, `fits` and `slow` lists of sentences. Imports torch."""
     import psutil
     import torch
 
@@ -66,8 +66,21 @@ def probe() -> dict:
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
         "choice": asdict(choice),
     }
+    found["fits"] = _fits(found["gpus"])
     found["slow"] = slow(found)
     return found
+
+
+def _fits(gpus: list[dict]) -> list[str]:
+    """Sentences on which bases train on each GPU, and how."""
+    from trainer import memory
+
+    said = []
+    for number, gpu in enumerate(gpus):
+        for (base, side), fit in zip(memory.BASES.values(), memory.fits(gpu["free_gib"]), strict=True):
+            how = f"{memory.MODES[fit.mode].title}, about {fit.gib:.1f} GiB" if fit else "does not fit"
+            said.append(f"cuda:{number}: {base} at {side} px {how}")
+    return said
 
 
 def slow(found: dict) -> list[str]:

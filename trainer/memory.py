@@ -70,6 +70,7 @@ class Table:
         wide, wide_checkpointed: how much more that is at 32 bits: norms and the adapters are so already.
         overhead: what a step holds beside all this.
         vae: what the VAE takes, in shares of that of the real ones.
+        cost: how long a step takes in each of MODES, in times of that with everything kept; measured as the rest.
     """
 
     parameters: Mapping[str, int]
@@ -82,6 +83,7 @@ class Table:
     wide_checkpointed: float
     overhead: float
     vae: float = 1.0
+    cost: tuple[float, ...] = ()
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -322,3 +324,53 @@ def settle(config: TrainConfig, need: Need, choice: Choice, free: float) -> Choi
 def peak(config: TrainConfig, need: Need, choice: Choice) -> float:
     """The most of all `stages`, in GiB."""
     return max(stages(config, need, choice).values())
+
+
+BASES = {  # what people ask about: table -> its name and size of training in words
+    "sd1": ("SD 1.5", "512"),
+    "sd2": ("SD 2.1", "768"),
+    "sdxl": ("SDXL", "1024"),
+    "sd35_medium": ("SD 3.5 medium", "1024"),
+    "sd35_large": ("SD 3.5 large", "1024"),
+}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a base fits: its name and side in pixels, the mode, GiB of the steps, how many times longer a step takes than in full memory."""
+
+    base: str
+    side: str
+    mode: str
+    gib: float
+    cost: float
+
+
+def fits(free: float) -> list[Fit | None]:
+    """For each of BASES how a usual LoRA (rank 16 on attention and feed-forward layers, one image at a time, bf16) trains in `free` GiB; None:
+    not at all."""
+    found: list[Fit | None] = []
+    for table, (base, side) in BASES.items():
+        texts = {part: {"train": False} for part in ("text_1", "text_2")}
+        usual = {"data": [{"folder": "."}], "adapter": {"rank": 16, "targets": ["attention", "feed_forward"]}, "part": texts}
+        config = TrainConfig.model_validate(usual)
+        need = Need(table, TABLES[table].native ** 2, "bf16", 1)
+        way = choose(config, need, free)
+        gib = training(config, need, way)
+        cost = dict(zip(MODES, TABLES[table].cost, strict=False)).get(way.mode, 1.0)
+        found.append(Fit(base, side, way.mode, round(gib, 1), cost) if gib <= free else None)
+    return found
+
+
+CARDS = (6, 8, 10, 12, 16, 24)
+TAKEN = 0.7  # GiB of a card that the system and the screen take, as a rule
+
+
+def table_of_cards() -> str:
+    """A table in Markdown: for each base and card how it trains, in how many GiB, and how much longer a step takes."""
+    columns = [fits(card - TAKEN) for card in CARDS]
+    lines = ["| base | " + " | ".join(f"{card} GB" for card in CARDS) + " |", "|---" * (1 + len(CARDS)) + "|"]
+    for k, (base, side) in enumerate(BASES.values()):
+        cells = [f"{f.mode}, {f.gib:g} GiB, {f.cost:.1f} x" if (f := column[k]) else "-" for column in columns]
+        lines.append(f"| {base}, {side} px | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
