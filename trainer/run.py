@@ -244,11 +244,15 @@ def _train(
 
     # 5. what happens beside the steps
     biggest = next(iter(ready.plan.buckets()))
+    previews = preview.Previews(config, family, models, adapter, trained, biggest, run, lambda text: emit("warning", text=text))
 
     def do_preview(n: int) -> None:
         if processes.main:
-            images = preview.make(config, family, models, adapter, now.prompts, biggest, run, n)
-            emit("preview", step=n, images=images, prompts=list(now.prompts))
+            emit("preview", step=n, images=previews.make(now.prompts, n), prompts=list(now.prompts))
+
+    def do_look(n: int) -> None:
+        if processes.main and previews.due(n, now.total):
+            do_preview(n)
 
     def do_validate(n: int) -> None:
         if measures and processes.main:
@@ -297,11 +301,12 @@ def _train(
         do_validate(0)
         if config.preview.enabled:
             do_preview(0)
-    hooks = Hooks(do_validate, do_preview, do_checkpoint, do_export, do_change)
+    hooks = Hooks(do_validate, do_preview, do_look, do_checkpoint, do_export, do_change)
     reason = capture.why_not(step)
     if reason and device.type == "cuda":
         emit("warning", text=f"The steps run without CUDA graphs, which is slower: {reason}.")
     runner = step if reason else capture.Captured(step)
+    previews.begin(start)
     outcome, n = fit(now, store, step, runner.run, processes, run, emit, hooks, start, interrupted)
 
     # 7. keep it
