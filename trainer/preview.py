@@ -59,7 +59,7 @@ class Previews:
         for k, image in enumerate(images):
             path = self.run.preview(step, k)
             temp = path.with_suffix(".tmp")
-            image.save(temp, "PNG")
+            image.save(temp, "PNG", compress_level=1)  # at 1024 px .1 instead of .3 s, for a sixth more bytes
             temp.replace(path)
             names.append(path.name)
         end = time.perf_counter()

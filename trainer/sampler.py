@@ -268,32 +268,35 @@ class _Pass:
         self.inputs: list[torch.Tensor] = []
         self.out: torch.Tensor
 
-    def __call__(self, guess: Guess, *given: Any) -> torch.Tensor:
-        """guess(*given), in a tensor that holds it until the next call; captured at the first one."""
+    def __call__(self, guess: Guess, latents: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        """guess(latents, t, cond), in a tensor that holds it until the next call; captured at the first one."""
         if self.graph is None:
-            self._capture(guess, *given)
-        torch._foreach_copy_(self.inputs, _tensors(*given))
+            own = latents.clone(), t.clone(), Cond(*(None if x is None else x.clone() for x in (cond.hidden, cond.pooled, cond.size)))
+            self.inputs = _tensors(*own)
+            self.graph, self.out = _capture(lambda: guess(*own))
+        torch._foreach_copy_(self.inputs, _tensors(latents, t, cond))
         self.graph.replay()
         return self.out
 
-    def _capture(self, guess: Guess, latents: torch.Tensor, t: torch.Tensor, cond: Cond) -> None:
-        own = latents.clone(), t.clone(), Cond(*(None if x is None else x.clone() for x in (cond.hidden, cond.pooled, cond.size)))
-        self.inputs = _tensors(*own)
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        stream, collects = torch.cuda.current_stream(), gc.isenabled()
-        gc.disable()  # what is collected during a capture may end it; collecting all before it would take .2 s
-        try:
-            with torch.cuda.graph(graph, pool=pool):
-                self.out = guess(*own)
-            self.graph = graph
-        finally:
-            if collects:
-                gc.enable()
-            if self.graph is None:  # torch stays on the capture's stream, and its allocator would take the capture for going on
-                torch.cuda.set_stream(stream)
-                with contextlib.suppress(RuntimeError):  # it does know of the end
-                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-                    torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+
+def _capture(work: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """`work` as a graph, and what it will have made after each replay. Raises RuntimeError where it cannot be captured."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    stream, device, collects = torch.cuda.current_stream(), torch.cuda.current_device(), gc.isenabled()
+    gc.disable()  # what is collected during a capture may end it; collecting all before it would take .2 s
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # what other threads do is no matter
+            out = work()
+    except BaseException:  # torch stays on the capture's stream then, and its allocator may take the capture for going on
+        torch.cuda.set_stream(stream)
+        with contextlib.suppress(RuntimeError):  # it does know of the end
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        raise
+    finally:
+        if collects:
+            gc.enable()
+    return graph, out
 
 
 def why_not(device: torch.device, attention: str) -> str | None:

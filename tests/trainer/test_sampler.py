@@ -9,7 +9,7 @@ import torch
 from small_models import make_folder
 from torch.profiler import ProfilerActivity, profile
 
-from trainer import adapters, families, plan, preview
+from trainer import adapters, families, plan, preview, sampler
 from trainer.config import ModelConfig
 from trainer.families import WINDOW
 from trainer.families.sources import DEMO
@@ -339,6 +339,50 @@ def test_only_previews_on_cuda_are_captured(demo):
     family, models = demo
     assert "this run is on cpu" in Sampler(family, models, graphs=True, say=pytest.fail).why_eager
     assert Sampler(family, models).why_eager == "this is a single call"
+
+
+class StandIn:
+    """A graph that does its work again when it is replayed."""
+
+    def __init__(self, work):
+        self.work, self.out = work, work()
+
+    def replay(self):
+        self.out.copy_(self.work())
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+def test_the_passes_of_a_batch_are_one_graph_that_gets_all_that_changes(name, load, monkeypatch):
+    family, models = load(name)
+    made = []
+
+    def capture(work):
+        made.append(StandIn(work))
+        return made[-1], made[-1].out
+
+    monkeypatch.setattr(sampler, "_capture", capture)
+    monkeypatch.setattr(sampler, "BATCH_PIXELS", 64 * 64)
+    make = Sampler(family, models)
+    prompts, seeds = [*PROMPTS, LONG], [3, 4, 5, 6]
+    eager = make(prompts, seeds, **LOOK)
+    make.why_eager = None  # as on CUDA
+    assert apart(make(prompts, seeds, **LOOK), eager) == [0] * 4
+    assert len(made) == 2 and make.replays == 14 and make._pass is None  # batches of one picture; the long prompt's is another graph
+
+
+def test_a_pass_that_cannot_be_captured_runs_eagerly_ever_after(demo, monkeypatch):
+    family, models = demo
+    said = []
+
+    def capture(work):
+        raise RuntimeError("operation not permitted.\nMore of it.")
+
+    monkeypatch.setattr(sampler, "_capture", capture)
+    make = Sampler(family, models, say=said.append)
+    eager = make(PROMPTS, SEEDS, **LOOK)
+    make.why_eager = None  # as on CUDA
+    assert [apart(make(PROMPTS, SEEDS, **LOOK), eager) for _ in range(2)] == [[0] * 3] * 2
+    assert said == ["Sample images are made without CUDA graphs, which is slower: operation not permitted."] and make.replays == 0
 
 
 @pytest.fixture

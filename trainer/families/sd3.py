@@ -94,10 +94,10 @@ class SD3(Common):
         return model(noisy.to(dtype), cond.hidden.to(dtype), cond.pooled.to(dtype), t, return_dict=False)[0].float()
 
     def preview_scheduler(self, models: Models) -> Any:
-        """Euler's method along the flow, at the base's own shift."""
+        """Euler's method along the flow, at the base's own shift, as in training."""
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        return FlowMatchEulerDiscreteScheduler.from_config(models.scheduler)
+        return FlowMatchEulerDiscreteScheduler.from_config(models.scheduler, use_dynamic_shifting=False)
 
     def pipeline(self, models: Models) -> Any:
         from diffusers import StableDiffusion3Pipeline
