@@ -87,7 +87,7 @@ class Terminal:
 def _train(args: argparse.Namespace) -> int:
     from trainer import control, run
     from trainer.config.load import load
-    from trainer.run_dir import RunDir, default_run_dir
+    from trainer.run_dir import RunDir, default_run_dir, restart
 
     path = args.config
     if path is None and args.run_dir and RunDir(args.run_dir).config.exists():
@@ -107,7 +107,10 @@ def _train(args: argparse.Namespace) -> int:
     if "source" not in config.model.model_fields_set:
         print(f"Note: {TOY}")
     root = args.run_dir or default_run_dir(config.output.name)
-    outcome, folder = run.train(config, root, resume=args.resume, visits=args.visits, show=terminal)
+    try:
+        outcome, folder = run.train(config, root, resume=args.resume, visits=args.visits, show=terminal, afresh=True)
+    except run.Again:
+        return restart("-m", "trainer", "train", "--run-dir", str(root), "--resume")
     if not terminal.total:  # of several processes, the first one speaks
         return 0
     if outcome == "stopped":

@@ -63,10 +63,11 @@ class Captured:
 
     Attributes:
         replays: how many steps were replayed.
+        capturing: whether a graph is being captured; still so after a capture that failed.
     """
 
     def __init__(self, step: Step) -> None:
-        self.step, self.replays = step, 0
+        self.step, self.replays, self.capturing = step, 0, False
         self._graphs: dict[tuple, _Graph | None] = {}
         self._pool: Any = None
 
@@ -94,8 +95,10 @@ class Captured:
         own = _static(batch)
         found = _Graph(torch.cuda.CUDAGraph(), leaves(own), torch.ones((), device=self.step.models.device))
         found.graph.register_generator_state(self.step.generator)
+        self.capturing = True
         with torch.cuda.graph(found.graph, pool=self._pool):
             self.step.work(n, own, slots, found.total_weight, None)
+        self.capturing = False
         self._pool = self._pool or found.graph.pool()
         return found
 

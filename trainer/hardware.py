@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("fp32", "bf16", "fp16")
 ATTENTIONS = ("sdpa", "xformers")
@@ -95,6 +96,32 @@ def slow(found: dict) -> list[str]:
             f"Only {found['disk_free_gib']:.1f} GiB of disk are free: a base model takes 2 to 7 GB, a run with checkpoints up to 1 GB."
         )
     return said
+
+
+def free_gib(device: Any) -> float | None:
+    """GiB of a CUDA device that this process may still take, the driver's context not counted again; None on others."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] / GIB + torch.cuda.memory_reserved(device) / GIB - torch.cuda.memory_allocated(device) / GIB
+
+
+def spills() -> bool:
+    """Whether the driver lends the GPU the computer's memory when its own is full, which is many times slower, instead of failing."""
+    return sys.platform == "win32" or Path("/dev/dxg").exists()  # the latter in WSL
+
+
+def cap(device: Any, margin: float = 0.2) -> None:
+    """Where the driver `spills`, let this process take no more of a CUDA device than what is free now, less `margin` GiB: beyond it torch
+    raises OutOfMemoryError, and the run goes on in a smaller way."""
+    import torch
+
+    if device.type != "cuda" or not spills():
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.05, (free + own - margin * GIB) / total)), device)
 
 
 # ---- device -----------------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def fit(
         rows = processes.rows(batch, course.config.train.accumulation)
         return [(torch.tensor(index, device=step.models.device), torch.tensor(valid, device=step.models.device)) for index, valid in rows]
 
-    n = start
+    step.done = n = start
     while n < course.total:
         # 1. what somebody asked for
         if processes.size == 1 or n % EVENTS_EVERY == 0:
@@ -86,7 +86,7 @@ def fit(
         run_step(n, store.batch(n), micro_rows(len(rows)), store.total_weight[n], factor(config, n, total), str(processes.rank))
         done_images += len(rows)
         since_images += len(rows)
-        done = n + 1
+        step.done = done = n + 1
 
         # 3. what is due
         if done % EVENTS_EVERY == 0 or done == total or n == start:

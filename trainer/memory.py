@@ -12,15 +12,43 @@ Sizes are in GiB (2^30 bytes), numbers of parameters in whole numbers. LoRAs wit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from trainer.config import TrainConfig
 
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to train in less memory (train.memory).
+
+    `bits`: of the frozen denoiser's large weights; `again`: what the backward pass computes anew, `feed_forward` layers or whole `blocks`;
+    `title`: in words, as the end of a sentence that begins with "training".
+    """
+
+    bits: int
+    again: Literal["", "feed_forward", "blocks"]
+    title: str
+
+
+MODES = {  # each takes less memory than the one before it, and longer; the last two change results a little
+    "fast": Mode(16, "", "with everything kept"),
+    "selective": Mode(16, "feed_forward", "with feed-forward layers computed twice"),
+    "checkpointing": Mode(16, "blocks", "with every block computed twice"),
+    "8bit": Mode(8, "blocks", "with every block computed twice and the base in 8 bits"),
+    "4bit": Mode(4, "blocks", "with every block computed twice and the base in 4 bits"),
+}
 GIB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CONTEXT = 0.8  # what a CUDA process holds beside torch's tensors: context, libraries, blocks that are kept for reuse
 PROCESS = 0.6  # a process on the CPU with torch and diffusers loaded, before any model
-MOMENTS = 4  # fp32 copies of an adapter in training: weights, gradients, two moments
+BYTES_TRAINED = {
+    "fp32": 16,
+    "bf16": 20,
+    "fp16": 20,
+}  # of an adapter's number: fp32 weight, gradient, two moments; 16-bit weight and gradient
+PACKED = {"unet": 0.99, "text_3": 0.97}  # share of the numbers that is packed in 8 or 4 bits
+BYTES_PACKED = {8: 8.5 / 8, 4: 4.25 / 8}  # with the scales
 # The VAE in fp32, in GiB for each pixel of a batch, measured from 512 to 1536 px; and the pixels that one batch has at least.
 ENCODING, ENCODED_AT_ONCE = 3.02 / 2**20, 2 * 512 * 512
 DECODING, DECODED_AT_ONCE = 4.77 / 2**20, 512 * 512
@@ -38,7 +66,7 @@ class Table:
         native: side in pixels that `activations` and `checkpointed` are for.
         activations: what a training row keeps for the backward pass, at 16 bits: of the frozen base, and more for each kind of layer
             and text encoder.
-        checkpointed: the same with gradient checkpointing.
+        selective: of the base where feed-forward layers are computed again; checkpointed: of all where whole blocks are.
         wide, wide_checkpointed: how much more that is at 32 bits: norms and the adapters are so already.
         overhead: what a step holds beside all this.
         vae: what the VAE takes, in shares of that of the real ones.
@@ -48,6 +76,7 @@ class Table:
     per_rank: Mapping[str, Mapping[str, int]]
     native: int
     activations: Mapping[str, float]
+    selective: float
     checkpointed: float
     wide: float
     wide_checkpointed: float
@@ -73,6 +102,7 @@ TABLES = {
         },
         native=512,
         activations={"base": 0.80, "attention": 0.20, "feed_forward": 0.28, "projections": 0.085, "convolutions": 0.21, "text_1": 0.045},
+        selective=0.0,
         checkpointed=0.427,
         wide=1.34,
         wide_checkpointed=1.18,
@@ -86,6 +116,7 @@ TABLES = {
         },
         native=768,
         activations={"base": 1.73, "attention": 0.44, "feed_forward": 0.55, "projections": 0.20, "convolutions": 0.51, "text_1": 0.10},
+        selective=0.0,
         checkpointed=0.73,
         wide=1.34,
         wide_checkpointed=1.3,
@@ -102,6 +133,7 @@ TABLES = {
         activations={
             "base": 5.93, "attention": 1.50, "feed_forward": 1.96, "projections": 0.165, "convolutions": 0.96, "text_1": 0.055, "text_2": 0.29,
         },
+        selective=0.0,
         checkpointed=0.82,
         wide=1.34,
         wide_checkpointed=1.53,
@@ -112,6 +144,7 @@ TABLES = {
         per_rank={"unet": {"attention": 586_752, "feed_forward": 721_920, "projections": 509_952}, "text_1": _CLIP_L, "text_2": _CLIP_G},
         native=1024,
         activations={"base": 4.33, "attention": 1.08, "feed_forward": 2.85, "projections": 1.27, "text_1": 0.045, "text_2": 0.17},
+        selective=0.0,
         checkpointed=0.83,
         wide=1.1,
         wide_checkpointed=1.28,
@@ -122,6 +155,7 @@ TABLES = {
         per_rank={"unet": {"attention": 746_496, "feed_forward": 721_920, "projections": 569_856}, "text_1": _CLIP_L, "text_2": _CLIP_G},
         native=1024,
         activations={"base": 7.94, "attention": 1.98, "feed_forward": 2.97, "projections": 1.31, "text_1": 0.045, "text_2": 0.17},
+        selective=0.0,
         checkpointed=0.99,
         wide=1.1,
         wide_checkpointed=1.28,
@@ -132,6 +166,7 @@ TABLES = {
         per_rank={"unet": {"attention": 1_473_792, "feed_forward": 1_824_000, "projections": 1_284_096}, "text_1": _CLIP_L, "text_2": _CLIP_G},
         native=1024,
         activations={"base": 14.3, "attention": 3.58, "feed_forward": 7.39, "projections": 2.92, "text_1": 0.045, "text_2": 0.17},
+        selective=0.0,
         checkpointed=1.66,
         wide=1.1,
         wide_checkpointed=1.28,
@@ -145,6 +180,7 @@ TABLES = {
         },
         native=128,
         activations={"base": 0.02, "attention": 0.004, "feed_forward": 0.005, "projections": 0.002, "convolutions": 0.004, "text_1": 0.001},
+        selective=0.0,
         checkpointed=0.008,
         wide=1.34,
         wide_checkpointed=1.18,
@@ -173,41 +209,116 @@ def checkpoint_bytes(config: TrainConfig, table: str) -> int:
     return lora_parameters(config, table) * 12
 
 
-def weights(table: str, dtype: str, parts: tuple[str, ...], t5: str = "auto") -> float:
-    """GiB of the frozen parts; the VAE stays in fp32, and T5 has 8 bits where `t5` says so."""
-    size = {"vae": 4, "text_3": 1 if t5 == "8bit" else BYTES[dtype]}
-    return sum(TABLES[table].parameters[p] * size.get(p, BYTES[dtype]) for p in parts) / GIB
+def weights(table: str, dtype: str, parts: tuple[str, ...], t5: str = "auto", bits: int = 16) -> float:
+    """GiB of the frozen parts; the VAE stays in fp32, T5 has 8 bits where `t5` says so, and `bits` below 16 pack the denoiser and T5."""
+    total = 0.0
+    for part in parts:
+        each = 4 if part == "vae" else 1 if part == "text_3" and t5 == "8bit" else BYTES[dtype]
+        if bits < 16 and part in PACKED:
+            each = PACKED[part] * BYTES_PACKED[bits] + (1 - PACKED[part]) * BYTES[dtype]
+        total += TABLES[table].parameters[part] * each
+    return total / GIB
 
 
-def stages(config: TrainConfig, table: str, *, pixels: int, dtype: str, rows: int, cpu: bool = False, t5: bool = False) -> dict[str, float]:
-    """Most GiB that a run holds at once in each of its stages, in the GPU or, with `cpu`, in the process.
+@dataclass(frozen=True)
+class Need:
+    """What a run asks for beside its configuration.
 
-    `encoding` of images and captions, `training`, and `previews`, where sample images are made.
-
-    Args:
-        pixels: of the largest bucket; rows: images of the largest batch; dtype: what the base is cast to; t5: SD3's T5 is used.
+    Attributes:
+        table: which base; pixels: of the largest bucket; rows: images of the largest batch, on one process; dtype: what the base is cast to.
+        cpu: whether it trains in the computer's own memory; t5: whether SD3's T5 is used.
     """
-    t, area = TABLES[table], pixels / TABLES[table].native ** 2
+
+    table: str
+    pixels: int
+    dtype: str
+    rows: int
+    cpu: bool = False
+    t5: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a run keeps within its memory: one of MODES, parts into which a batch is cut, and whether idle models wait on the CPU from the
+    start."""
+
+    mode: str
+    accumulation: int
+    parked: bool = False
+
+
+def training(config: TrainConfig, need: Need, choice: Choice) -> float:
+    """Most GiB that the steps hold, in the GPU or, on a CPU, in the process."""
+    t, mode, wide = TABLES[need.table], MODES[choice.mode], need.dtype == "fp32"
     trained = tuple(p for p in t.texts if getattr(config.part, p).train)
-    texts = (*t.texts, *(("text_3",) if t5 else ()))
-    everything = weights(table, dtype, ("unet", *texts, "vae"), config.model.t5)
-    row = t.activations["base"] + sum(t.activations.get(k, 0) for k in (*config.adapter.targets, *trained))
-    wide = dtype == "fp32"
-    kept = t.checkpointed * (t.wide_checkpointed if wide else 1) if config.train.checkpointing else row * (t.wide if wide else 1)
-    kept *= area * -(-rows // config.train.accumulation)
-    state = lora_parameters(config, table) * 4 * MOMENTS / GIB
-    always = t.overhead + (PROCESS if cpu else CONTEXT)
-    found = {
-        # A few images at a time, up to a number of pixels; a larger image alone.
-        "encoding": everything + t.vae * ENCODING * max(ENCODED_AT_ONCE, pixels) + always,
-        "training": (everything if cpu else weights(table, dtype, ("unet", *trained))) + state + kept + always,
-    }
+    kinds = [k for k in (*config.adapter.targets, *trained) if mode.again != "feed_forward" or k != "feed_forward"]
+    row = (t.selective if mode.again == "feed_forward" else t.activations["base"]) + sum(t.activations.get(k, 0) for k in kinds)
+    kept = t.checkpointed * (t.wide_checkpointed if wide else 1) if mode.again == "blocks" else row * (t.wide if wide else 1)
+    kept *= need.pixels / t.native**2 * -(-need.rows // choice.accumulation)
+    held = ("unet", *t.texts, *(("text_3",) if need.t5 else ()), "vae") if need.cpu else ("unet", *trained)
+    state = lora_parameters(config, need.table) * BYTES_TRAINED[need.dtype] / GIB
+    return (
+        weights(need.table, need.dtype, held, config.model.t5, mode.bits) + state + kept + t.overhead + (PROCESS if need.cpu else CONTEXT)
+    )
+
+
+def stages(config: TrainConfig, need: Need, choice: Choice) -> dict[str, float]:
+    """Most GiB that a run holds at once in each of its stages: `encoding` of images and captions, `training`, and `previews`, where sample
+    images are made (CUDA graphs give their memory back before them, where it is short)."""
+    t, bits = TABLES[need.table], MODES[choice.mode].bits
+    trained = tuple(p for p in t.texts if getattr(config.part, p).train)
+    texts = (*t.texts, *(("text_3",) if need.t5 else ()))
+    state = lora_parameters(config, need.table) * BYTES_TRAINED[need.dtype] / GIB
+    always = t.overhead + (PROCESS if need.cpu else CONTEXT)
+
+    def held(*parts: str) -> float:
+        return weights(need.table, need.dtype, parts, config.model.t5, bits)
+
+    encoding = t.vae * ENCODING * max(ENCODED_AT_ONCE, need.pixels)
+    everything = held("unet", *texts, "vae")
+    if choice.parked:
+        found = {"encoding": max(held("vae") + encoding, *(held(text) for text in texts)) + always}
+    else:
+        found = {"encoding": everything + encoding + always}
+    found["training"] = training(config, need, choice)
     if config.preview.enabled:
-        size = (config.preview.width or pixels**0.5) * (config.preview.height or pixels**0.5)
-        found["previews"] = everything + state + t.vae * DECODING * max(DECODED_AT_ONCE, size) + always
+        size = (config.preview.width or need.pixels**0.5) * (config.preview.height or need.pixels**0.5)
+        decoding = t.vae * DECODING * max(DECODED_AT_ONCE, size)
+        drawing = max(held("unet", "vae", *trained) + decoding, held("unet", *trained) + max(map(held, texts)))
+        found["previews"] = (everything + decoding if need.cpu else drawing) + state + always
     return found
 
 
-def peak(config: TrainConfig, table: str, *, pixels: int, dtype: str, rows: int, cpu: bool = False, t5: bool = False) -> float:
+def ladder(config: TrainConfig, rows: int) -> list[Choice]:
+    """What a run tries one after the other, each in less memory: from `train.memory` (`auto`: all of them) on.
+
+    A batch is cut into single images before the base is packed: that changes nothing of what is learnt.
+    """
+    given = config.train.accumulation
+    names = list(MODES)
+    first = 0 if config.train.memory == "auto" else names.index(config.train.memory)
+    exact = [Choice(name, given) for name in names[first:3]]
+    if config.train.memory not in names[3:] and given < rows:
+        exact.append(Choice("checkpointing", rows))
+    parts = max(given, rows) if exact else given
+    packed = [Choice(name, parts) for name in names[max(3, first) :]]
+    if not exact and given < rows:
+        packed += [Choice(packed[-1].mode, rows)]
+    return exact + packed
+
+
+def choose(config: TrainConfig, need: Need, free: float) -> Choice:
+    """The first choice whose steps fit into `free` GiB (as `training` counts, with CONTEXT), or else the last."""
+    choices = ladder(config, need.rows)
+    found = next((c for c in choices if training(config, need, c) <= free), choices[-1])
+    return settle(config, need, found, free)
+
+
+def settle(config: TrainConfig, need: Need, choice: Choice, free: float) -> Choice:
+    """`choice` with its models parked from the start, where all of them together are too much for `free` GiB while images are encoded."""
+    return replace(choice, parked=MODES[choice.mode].bits < 16 or stages(config, need, choice)["encoding"] > free)
+
+
+def peak(config: TrainConfig, need: Need, choice: Choice) -> float:
     """The most of all `stages`, in GiB."""
-    return max(stages(config, table, pixels=pixels, dtype=dtype, rows=rows, cpu=cpu, t5=t5).values())
+    return max(stages(config, need, choice).values())

@@ -19,7 +19,7 @@ class Previews:
     Args:
         trained: the parts that carry an adapter: text encoders among them read the prompts anew each time.
         size: (width, height) in pixels, where the settings leave it open.
-        say: gets sentences for the user.
+        room: see Sampler; say: gets sentences for the user.
     """
 
     def __init__(
@@ -31,12 +31,13 @@ class Previews:
         trained: Container[str],
         size: tuple[int, int],
         run: RunDir,
+        room: Callable[[], None] | None,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.adapter, self.run, self._say = config.preview, adapter, run, say
         self.size = config.preview.width or size[0], config.preview.height or size[1]
         frozen = [part for part in models.text if part not in trained]
-        self.sampler = Sampler(family, models, frozen=frozen, graphs=True, attention=config.train.attention, say=say)
+        self.sampler = Sampler(family, models, frozen=frozen, graphs=True, attention=config.train.attention, room=room, say=say)
         self.cost: float | None = None  # seconds that the last one took; of the very first without what is done but once
         self._spent = 0.0  # seconds, since the training began
         self._began, self._first = time.perf_counter(), 0

@@ -16,7 +16,7 @@ import gc
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ from PIL import Image
 from trainer.families import Cond, Family, Models, States
 
 Tick = Callable[[], None]
+T = TypeVar("T")
 Guess = Callable[[torch.Tensor, torch.Tensor, Cond], torch.Tensor]  # (latents, t, what the denoiser is told) -> guided prediction
 
 # Pictures that are denoised at once on CUDA. Their rows, two for each, take less memory than the decoding of one of them.
@@ -49,6 +50,7 @@ class Sampler:
             changes. The others read at each call.
         graphs: whether the denoiser's passes are CUDA graphs where they can be; not for models whose layers change between calls.
         attention: how the models were loaded, as in train.attention.
+        room: gives memory of the device back, at a price; called where it is short, at most once a call.
         say: gets a sentence for the user, each once.
     """
 
@@ -60,12 +62,14 @@ class Sampler:
         frozen: Container[str] = (),
         graphs: bool = False,
         attention: str = "sdpa",
+        room: Callable[[], None] | None = None,
         say: Callable[[str], None] = warnings.warn,
     ) -> None:
-        self.family, self.models, self.frozen, self._say = family, models, frozen, say
+        self.family, self.models, self.frozen, self._room, self._say = family, models, frozen, room, say
         self.why_eager = why_not(models.device, attention) if graphs else "this is a single call"
         self.replays = 0  # of all calls
         self._told: dict[str, _Told] = {}
+        self._spare = False  # whether `room` can still be made in this call
         self._tiled = False  # whether a picture was too large to be decoded whole
         self._pass: _Pass | None = None
         if graphs and models.device.type == "cuda" and self.why_eager:
@@ -89,8 +93,10 @@ class Sampler:
         raises ends the sampling. Raises ValueError for a size that the denoiser does not take.
         """
         self._check(size)
+        self._spare = self._room is not None
         guided = guidance > 1
-        told = self._read(tuple(dict.fromkeys([*prompts, *([negative] if guided else [])])))
+        texts = tuple(dict.fromkeys([*prompts, *([negative] if guided else [])]))
+        told = self._with_room(lambda: self._read(texts))
         scheduler = self.family.preview_scheduler(self.models)
         latents: dict[int, torch.Tensor] = {}
 
@@ -114,6 +120,18 @@ class Sampler:
         self._pass = None
         if self.models.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """work(), tried again with the memory that is given back where it is short."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if not self._spare:
+                raise
+        self._spare = False  # here the error is gone, and with it what its frames held
+        self.release()
+        self._room()
+        return work()
 
     # what is asked for
 
@@ -166,12 +184,11 @@ class Sampler:
     def _fitting(self, denoise: Callable[[Sequence[int]], None], which: Sequence[int]) -> None:
         """Denoise the pictures `which` at once, or half of them at a time where the memory is short."""
         try:
-            denoise(which)
-            return
+            return self._with_room(lambda: denoise(which))
         except torch.OutOfMemoryError:
             if len(which) == 1:
                 raise
-        self.release()  # here the error is gone, and with it what its frames held
+        self.release()
         for half in (which[: len(which) // 2], which[len(which) // 2 :]):
             self._fitting(denoise, half)
 
@@ -205,8 +222,10 @@ class Sampler:
         try:
             out = self._pass(guess, *given)
         except RuntimeError as error:  # of CUDA, or torch's for memory that is short: without a graph it may work
+            if self._spare and isinstance(error, torch.OutOfMemoryError):
+                raise  # there is room to be made
             self.why_eager = str(error).partition("\n")[0].rstrip(".")
-        if self.why_eager:  # here the error is gone, and with it what its frames held
+        if self.why_eager:
             self._say(f"Sample images are made without CUDA graphs, which is slower: {self.why_eager}.")
             self.release()
             return guess(*given)
@@ -220,9 +239,13 @@ class Sampler:
         vae = self.models.vae
         whole = torch.stack(list(latents)).to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         most = max(1, DECODED_PIXELS // (64 * whole.shape[-2] * whole.shape[-1]))
-        try:
+
+        def decode() -> list[Image.Image]:
             with self.models.borrow("vae"):
                 return [picture for piece in whole.split(most) for picture in self._pictures(piece)]
+
+        try:
+            return self._with_room(decode)
         finally:
             self.release()
 
@@ -230,7 +253,7 @@ class Sampler:
         """Pictures of latents (n, C, h, w) as the VAE takes them: at once, or one by one, or in tiles, as the memory allows."""
         if not self._tiled:
             try:
-                return _images(self.models.vae.decode(latents, return_dict=False)[0])
+                return _images(self._with_room(lambda: self.models.vae.decode(latents, return_dict=False)[0]))
             except torch.OutOfMemoryError:
                 pass
             self.release()

@@ -96,6 +96,9 @@ class Step:
     Args:
         rates: peak learning rate of each trained part; stops: the first step that no longer trains it.
         reduce: sums a list of tensors over all processes, in place.
+
+    Attributes:
+        done: completed steps, as the loop counts them; updating: whether the optimizer is at work, so that the weights are of no step.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Step:
     ) -> None:
         self.config, self.family, self.models, self.adapter, self.optimizer = config, family, models, adapter, optimizer
         self.stops, self.reduce = stops, reduce
+        self.done, self.updating = 0, False
         self.generator = torch.Generator(models.device)
         self.scale = LossScale(models.device) if fp16 else None
         self.loss = torch.zeros((), device=models.device)  # of the current step, then of all steps since it was read
@@ -198,10 +202,12 @@ class Step:
         norm = torch.nn.utils.get_total_norm(grads) if limit or self.scale else None
         if limit:
             torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
+        self.updating = True
         if self.scale:
             self._step_if_finite(params, torch.isfinite(norm))
         else:
             self.optimizer.step()
+        self.updating = False
         self.total += self.loss
 
     def _step_if_finite(self, params: list[torch.nn.Parameter], finite: torch.Tensor) -> None:

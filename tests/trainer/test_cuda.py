@@ -105,3 +105,25 @@ def test_previews_by_graph_change_nothing_that_is_learnt(tmp_path):
     assert len([e for e in told if e["type"] == "preview"]) >= 10 and not any("CUDA graphs" in e.get("text", "") for e in told)
     a, b = load_file(without.lora("lora")), load_file(shown.lora("lora"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_full_gpu_makes_the_run_go_on_in_a_smaller_way(tmp_path):
+    """With three quarters of the memory that it would take, by torch's own cap; as many steps, and the same learnt to rounding."""
+    settings = {"train__batch_size": 14, "train__reproducible": True, "train__dtype": "bf16"}
+    _, whole = run.train(config(**settings), tmp_path / "whole")
+    peak = max(e["memory_gib"] for e in events.read(whole.events) if e["type"] == "step")
+    total = torch.cuda.mem_get_info()[1] / 2**30
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.75 * peak / total)
+    try:
+        outcome, short = run.train(config(**settings), tmp_path / "short")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.use_deterministic_algorithms(False)
+    told = list(events.read(short.events))
+    assert outcome == "finished"
+    assert next(e["mode"] for e in told if e["type"] == "memory") == "fast"
+    assert [e["mode"] for e in told if e["type"] == "memory"][-1] in ("selective", "checkpointing")
+    assert any("ran out after step" in e["text"] for e in told if e["type"] == "warning")
+    losses = [[e["loss"] for e in events.read(done.events) if e["type"] == "step"] for done in (whole, short)]
+    assert losses[0][-1] == pytest.approx(losses[1][-1], rel=0.02)

@@ -207,7 +207,7 @@ def test_what_tick_raises_ends_it_and_leaves_nothing_behind(demo, configure, tmp
     models.park("text_1", "vae")
     run = RunDir(tmp_path)
     run.create()
-    shown = preview.Previews(config, family, models, adapter, ["unet"], (64, 64), run, pytest.fail)
+    shown = preview.Previews(config, family, models, adapter, ["unet"], (64, 64), run, None, pytest.fail)
     count = []
 
     def tick():
@@ -277,6 +277,39 @@ def test_a_picture_too_large_to_decode_is_decoded_in_tiles(demo, monkeypatch):
     assert not models.vae.use_tiling and models.vae.tile_latent_min_size == models.vae.config.sample_size // 8
     near = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(found, want, strict=True)]
     assert all(image.size == (136, 104) for image in found) and max(near) < 8
+
+
+@pytest.mark.filterwarnings("ignore:The GPU's memory is too small")
+@pytest.mark.parametrize("short", ["forward", "decode", "borrow"])
+def test_where_memory_is_short_others_give_theirs_back_first(short, demo, monkeypatch):
+    """What fails is tried again then, as it was: no tiles, no smaller batch, no less room next time."""
+    family, models = demo
+    full, asked = [True], []
+    owner, name = {"forward": (models.parts["unet"], "forward"), "decode": (models.vae, "decode"), "borrow": (models.vae, "to")}[short]
+    whole = getattr(owner, name)
+
+    def work(*args, **more):
+        if full[0]:
+            raise torch.OutOfMemoryError("no")
+        return whole(*args, **more)
+
+    def room():
+        asked.append(1)
+        full[0] = False
+
+    models.park("text_1", "vae")
+    make = Sampler(family, models, room=room, say=pytest.fail)
+    want = family.sample(models, PROMPTS, SEEDS, **LOOK)
+    monkeypatch.setattr(owner, name, work)
+    with watched(models.parts["unet"], "forward") if short != "forward" else contextlib.nullcontext([]) as passes:
+        for turn in (1, 2):
+            full[0] = True
+            assert apart(make(PROMPTS, SEEDS, **LOOK), want) == [0, 0, 0] and len(asked) == turn
+    assert {len(x) for x, *_ in passes} <= {6}
+    full[0] = True
+    with pytest.raises(torch.OutOfMemoryError):
+        family.sample(models, PROMPTS, SEEDS, **LOOK)  # there is nobody to ask
+    assert len(asked) == 2 and models.parked == {"text_1", "vae"} and not models.vae.use_tiling
 
 
 def test_a_batch_too_large_to_denoise_is_halved(demo, monkeypatch):

@@ -115,7 +115,7 @@ def settings(case: Case, folder: Path, images: Path, device: str, dtype: str) ->
             "visits": -(-needed * case.batch // images_seen),
             "batch_size": case.batch,
             "max_grad_norm": 1.0,
-            "checkpointing": case.checkpointing,
+            "memory": "checkpointing" if case.checkpointing else "fast",
             "device": device,
             "dtype": dtype,
         },

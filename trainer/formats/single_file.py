@@ -101,6 +101,13 @@ def load_any(source: Path, dtype: torch.dtype, text_encoders: Path | None = None
     return found
 
 
+def uses_t5(source: Path, text_encoders: Path | None, t5: str) -> bool:
+    """Whether SD3's T5 will be loaded."""
+    source = Path(source)
+    places = _places(source, _known(source), text_encoders)
+    return T5 in places and not _no_t5(source, places, text_encoders, t5)
+
+
 def blank(source: Path, parts: Sequence[str]) -> dict[str, torch.nn.Module]:
     """The parts `unet` (the denoiser), `text_1` and `text_2` of the base at `source` on the meta device, from configurations alone."""
     source = Path(source)
