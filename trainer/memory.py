@@ -47,7 +47,7 @@ BYTES_TRAINED = {
     "bf16": 20,
     "fp16": 20,
 }  # of an adapter's number: fp32 weight, gradient, two moments; 16-bit weight and gradient
-PACKED = {"unet": 0.99, "text_3": 0.97}  # share of the numbers that is packed in 8 or 4 bits
+PACKED = {"unet": 0.994, "text_3": 0.97}  # share of the numbers that is packed in 8 or 4 bits
 BYTES_PACKED = {8: 8.5 / 8, 4: 4.25 / 8}  # with the scales
 # The VAE in fp32, in GiB for each pixel of a batch, measured from 512 to 1536 px; and the pixels that one batch has at least.
 ENCODING, ENCODED_AT_ONCE = 3.02 / 2**20, 2 * 512 * 512
@@ -101,12 +101,12 @@ TABLES = {
             "text_1": _CLIP_L,
         },
         native=512,
-        activations={"base": 0.80, "attention": 0.20, "feed_forward": 0.28, "projections": 0.085, "convolutions": 0.21, "text_1": 0.045},
-        selective=0.0,
-        checkpointed=0.427,
-        wide=1.34,
-        wide_checkpointed=1.18,
-        overhead=0.1,
+        activations={"base": 0.42, "attention": 0.10, "feed_forward": 0.108, "projections": 0.045, "convolutions": 0.083, "text_1": 0.042},
+        selective=0.3,
+        checkpointed=0.2,
+        wide=2.0,
+        wide_checkpointed=2.0,
+        overhead=0.15,
     ),
     "sd2": Table(
         parameters={"unet": 865_910_724, "text_1": 340_387_840, "vae": 83_653_863},
@@ -131,13 +131,13 @@ TABLES = {
         },
         native=1024,
         activations={
-            "base": 5.93, "attention": 1.50, "feed_forward": 1.96, "projections": 0.165, "convolutions": 0.96, "text_1": 0.055, "text_2": 0.29,
+            "base": 3.27, "attention": 0.80, "feed_forward": 0.993, "projections": 0.077, "convolutions": 0.327, "text_1": 0.03, "text_2": 0.2,
         },
-        selective=0.0,
-        checkpointed=0.82,
-        wide=1.34,
-        wide_checkpointed=1.53,
-        overhead=0.14,
+        selective=1.9,
+        checkpointed=0.53,
+        wide=2.0,
+        wide_checkpointed=1.9,
+        overhead=0.255,
     ),
     "sd3_medium": Table(
         parameters={"unet": 2_028_328_000 + 56_623_104} | _SD3_TEXTS,

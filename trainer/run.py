@@ -8,6 +8,7 @@ import errno
 import gc
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Container, Iterator
@@ -147,12 +148,12 @@ class _Room:
     """How a run keeps within the GPU's memory, from one attempt to the next.
 
     Attributes:
-        choice: that of the current attempt; None until `settle`. done: steps that a resumable checkpoint holds, of those made.
+        choice: that of the current attempt; None until `settle`; why: in a sentence. done: steps that a resumable checkpoint holds, of those made.
         spoilt: whether the memory ran out while a graph was captured.
     """
 
     def __init__(self, config: TrainConfig, resumed: RunDir | None) -> None:
-        self.config, self.done, self.spoilt = config, 0, False
+        self.config, self.done, self.spoilt, self.why = config, 0, False, ""
         self.choice: memory.Choice | None = None
         self.rest: list[memory.Choice] = []
         if resumed:  # as it was, so that a resumed run computes as it would have
@@ -168,6 +169,8 @@ class _Room:
                 emit("warning", text=f"{free:.1f} GiB of the GPU's memory are free, so the training goes {self.words()}.")
         if free is not None:
             self.choice = memory.settle(self.config, need, self.choice, free)
+            about = memory.training(self.config, need, self.choice)
+            self.why = f"Training {self.words()}: about {about:.1f} of the {free:.1f} GiB that are free on the GPU."
         own = self._rank(self.choice)
         self.rest = [c for c in choices if self._rank(c) > own]
         emit("memory", mode=self.choice.mode, accumulation=self.choice.accumulation)
@@ -242,7 +245,7 @@ def _train(
         buckets=[[w, h, n] for (w, h), n in ready.plan.buckets().items()],
         device=hardware.name,
         dtype=hardware.dtype,
-        reasons=list(hardware.reasons),
+        reasons=[*hardware.reasons, *([room.why] if room.why else [])],
         family=ready.family,
         resolution=ready.plan.resolution,
         visits=now.config.train.visits,
@@ -632,6 +635,8 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "The disk is full. Free some space, then run again with --resume."
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and re.search(r"gloo|NCCL", str(error))):
+        return "Another process of this run ended or cannot be reached, so that it cannot go on. Run again with --resume."
     if isinstance(error, Diverged):
         return f"{error} Start anew with a lower learning rate, with train.max_grad_norm = 1, or with train.dtype = bf16 or fp32."
     if isinstance(error, torch.OutOfMemoryError):
