@@ -328,8 +328,8 @@ def _train(
 
     # 5. what happens beside the steps
     biggest = next(iter(ready.plan.buckets()))
-    room_for = None if reason else runner.release
-    previews = preview.Previews(config, family, models, adapter, trained, biggest, run, room_for, lambda text: emit("warning", text=text))
+    say = lambda text: emit("warning", text=text)  # noqa: E731
+    previews = preview.Previews(config, family, models, adapter, trained, biggest, run, getattr(runner, "release", None), say)
 
     def do_preview(n: int) -> None:
         if processes.main:
