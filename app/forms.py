@@ -167,7 +167,7 @@ LABELS = {
     "preview.enabled": ("Make sample images", "Pictures at the start, at the end, and in between, so that you see it learn."),
     "preview.every": (
         "Sample images every",
-        "Steps between sample images. Empty: eight times over the run. 0: only at the start and the end.",
+        "Steps between sample images. Empty: eight times over the run, or as often as a tenth of its time allows. 0: only at the start and the end.",
     ),
     "preview.prompts": ("Prompts", "One prompt a line. Empty: four are made from your captions, trigger and class word."),
     "preview.quality": (

@@ -31,11 +31,13 @@ class Diverged(RuntimeError):
 class Hooks:
     """What the loop does beside stepping; each takes the number of completed steps.
 
-    `change` also takes {"visits" or "prompts": what a request asks for}; it raises plan.TooShort for a length that leaves nothing to do.
+    `preview` makes sample images that were asked for; `look` is for those of the schedule, which it may leave out. `change` also takes
+    {"visits" or "prompts": what a request asks for}; it raises plan.TooShort for a length that leaves nothing to do.
     """
 
     validate: Callable[[int], None]
     preview: Callable[[int], None]
+    look: Callable[[int], None]
     checkpoint: Callable[[int], None]
     export: Callable[[int], None]
     change: Callable[[int, dict[str, Any]], None]
@@ -106,7 +108,7 @@ def fit(
             since_images, since_step, since_time = 0, done, time.perf_counter()
         due = (
             (course.due.validation, hooks.validate),
-            (course.due.preview, hooks.preview),
+            (course.due.preview, hooks.look),
             (course.due.save, hooks.export),
             (course.due.checkpoint, hooks.checkpoint),
         )

@@ -316,6 +316,8 @@ def _train(
     optimizer = optimizers.build(config.optimizer, groups, device)
     reduce = processes.reduce if processes.size > 1 else None
     step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
+    reason = capture.why_not(step)
+    runner = step if reason else capture.Captured(step)
     objects = {"adapter": adapter, "optimizer": checkpoints.OptimizerState(optimizer)} | ({"loss_scale": step.scale} if step.scale else {})
     if last:
         checkpoints.load_checkpoint(last[1], objects)
@@ -326,11 +328,16 @@ def _train(
 
     # 5. what happens beside the steps
     biggest = next(iter(ready.plan.buckets()))
+    say = lambda text: emit("warning", text=text)  # noqa: E731
+    previews = preview.Previews(config, family, models, adapter, trained, biggest, run, getattr(runner, "release", None), say)
 
     def do_preview(n: int) -> None:
         if processes.main:
-            images = preview.make(config, family, models, adapter, now.prompts, biggest, run, n)
-            emit("preview", step=n, images=images, prompts=list(now.prompts))
+            emit("preview", step=n, images=previews.make(now.prompts, n), prompts=list(now.prompts))
+
+    def do_look(n: int) -> None:
+        if processes.main and previews.due(n, now.total):
+            do_preview(n)
 
     def do_validate(n: int) -> None:
         if measures and processes.main:
@@ -379,11 +386,10 @@ def _train(
         do_validate(0)
         if config.preview.enabled:
             do_preview(0)
-    hooks = Hooks(do_validate, do_preview, do_checkpoint, do_export, do_change)
-    reason = capture.why_not(step)
+    hooks = Hooks(do_validate, do_preview, do_look, do_checkpoint, do_export, do_change)
     if reason and device.type == "cuda":
         emit("warning", text=f"The steps run without CUDA graphs, which is slower: {reason}.")
-    runner = step if reason else capture.Captured(step)
+    previews.begin(start)
     try:
         outcome, n = fit(now, store, step, runner.run, processes, run, emit, hooks, start, interrupted)
     except torch.OutOfMemoryError:

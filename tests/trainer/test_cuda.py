@@ -95,6 +95,18 @@ def test_previews_borrow_the_frozen_encoder_and_the_vae(dtype, tmp_path):
     assert first.std() > 20 and np.abs(first - last).mean() > 1
 
 
+def test_previews_by_graph_change_nothing_that_is_learnt(tmp_path):
+    """Between steps that are replayed themselves, in the same kernels each time."""
+    same = {"train__reproducible": True, "train__dtype": "bf16", "validation__enabled": False}
+    _, without = run.train(config(**same), tmp_path / "without")
+    _, shown = run.train(config(**same, preview__enabled=True, preview__every=3), tmp_path / "shown")
+    torch.use_deterministic_algorithms(False)
+    told = list(events.read(shown.events))
+    assert len([e for e in told if e["type"] == "preview"]) >= 10 and not any("CUDA graphs" in e.get("text", "") for e in told)
+    a, b = load_file(without.lora("lora")), load_file(shown.lora("lora"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_a_full_gpu_makes_the_run_go_on_in_a_smaller_way(tmp_path):
     """With three quarters of the memory that it would take, by torch's own cap; as many steps, and the same learnt to rounding."""
     settings = {"train__batch_size": 14, "train__reproducible": True, "train__dtype": "bf16"}

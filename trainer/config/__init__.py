@@ -274,7 +274,10 @@ class LoopConfig(Strict):
 
 class PreviewConfig(Strict):
     every: int | None = Field(
-        None, ge=0, description="make sample images every this many steps; None: eight times over the run; 0: only at the start and the end"
+        None,
+        ge=0,
+        description="make sample images every this many steps; None: eight times over the run, or as often as a tenth of its time allows; "
+        "0: only at the start and the end",
     )
     enabled: bool = True
     prompts: tuple[str, ...] = Field((), description="empty: made from the data")

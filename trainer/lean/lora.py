@@ -6,7 +6,8 @@ are added in place, x and the rank-r product alone are kept, and the gradients g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class Group:
 
     Attributes:
         layers: the PEFT layers; work: (down, up) of each in the base's dtype; grads: where their gradients are added, or None.
+        fresh: whether `work` is known to be what the masters are.
         down: (sum of ranks, in), the work copies of all `down` as one tensor.
     """
 
@@ -45,6 +47,7 @@ class Group:
                 m.weight.data = own
         alike = len(set(self.outs)) == len(set(self.ranks)) == len({m.scaling[name] for m in layers}) == 1
         self.even = len(layers) > 1 and alike and self.params[1].numel() % 8 == 0  # then their `up` lie without gaps
+        self.fresh = False
         self.down: torch.Tensor
         self.work: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.grads: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -64,9 +67,11 @@ class Group:
         return first.as_strided((len(pairs), *first.shape), (first.numel(), *first.stride()))
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """x (..., in) -> one (..., out) for each layer. Without gradients the masters are read, so that no copy can be out of date."""
+        """x (..., in) -> one (..., out) for each layer. Without gradients the masters are read, so that no copy can be out of date, but
+        for as long as the copies are known to be fresh (see Weights).
+        """
         scales = [m.scaling[self.name] for m in self.layers]
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params)):
+        if self.fresh or (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params))):
             whole = self.triton and self.triton.whole(x[..., 0].numel(), sum(self.outs), x.shape[-1])
             return (_WholeLora if whole else _EvenLora if self.even else _GroupLora).apply(x, self, scales, *self.params)
         dtype = x.dtype
@@ -203,6 +208,7 @@ class Conv:
         self.ranks = [layer.r[name]]
         self.layers = [layer]
         self.triton = None
+        self.fresh = False
         self.down: torch.Tensor
         self.down_grad: torch.Tensor
         self.work: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -210,7 +216,7 @@ class Conv:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         scale = self.layer.scaling[self.name]
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params)):
+        if self.fresh or (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params))):
             return _ConvLora.apply(x, self, scale, *self.params)
         return self._product(x, *(p.detach().to(x.dtype) for p in self.params), scale)[0]
 
@@ -260,6 +266,7 @@ class Weights:
             if isinstance(g, Group):
                 g.choose(device, dtype)
         groups = sorted(groups, key=lambda g: g.triton is not None)
+        self.groups = groups
         order = [p for g in groups for p in (*g.params[::2], *g.params[1::2])]  # the `down` of a group stand together
         sizes = [-(-p.numel() // 8) * 8 for p in order]  # each begins on 16 bytes
         self.master = torch.zeros(sum(sizes), device=device)
@@ -294,6 +301,19 @@ class Weights:
             self.work.copy_(self.master)
         self.work_grad.zero_()
         self.grad.zero_()
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """For a while in which the masters do not change: passes without gradients read the work copies, made once, too."""
+        if self.work is not self.master:
+            self.work.copy_(self.master)
+        for g in self.groups:
+            g.fresh = True
+        try:
+            yield
+        finally:
+            for g in self.groups:
+                g.fresh = False
 
     def collect(self) -> None:
         """Add what the backward passes left in 16 bits to the float32 gradients."""
