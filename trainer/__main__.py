@@ -52,8 +52,8 @@ class Terminal:
             eta = timedelta(seconds=round(event["eta_s"]))
             self.say(f"Encoded {event['done']} of {event['total']} {event['what']}, {eta} left")
         elif kind == "step":
-            eta = timedelta(seconds=round(event["eta_s"]))
-            text = f"loss {event['loss']:.4f}, {event['images_per_s']:.2f} images/s, {eta} left"
+            left = "" if event["eta_s"] is None else f", {timedelta(seconds=round(event['eta_s']))} left"
+            text = f"loss {event['loss']:.4f}, {event['images_per_s']:.2f} images/s{left}"
             if self.bar is not None:
                 self.bar.set_postfix_str(text, refresh=False)
                 self.bar.update(event["step"] - self.bar.n)

@@ -70,6 +70,7 @@ class Table:
         wide, wide_checkpointed: how much more that is at 32 bits: norms and the adapters are so already.
         overhead: what a step holds beside all this.
         vae: what the VAE takes, in shares of that of the real ones.
+        tflop: 10^12 operations of a training row of native size, adapters apart (counted by torch's counter on the real configurations).
         cost: how long a step takes in each of MODES, in times of that with everything kept; measured as the rest.
     """
 
@@ -82,6 +83,7 @@ class Table:
     wide: float
     wide_checkpointed: float
     overhead: float
+    tflop: float
     vae: float = 1.0
     cost: tuple[float, ...] = ()
 
@@ -109,6 +111,7 @@ TABLES = {
         wide=2.0,
         wide_checkpointed=2.0,
         overhead=0.15,
+        tflop=1.73,
     ),
     "sd2": Table(
         parameters={"unet": 865_910_724, "text_1": 340_387_840, "vae": 83_653_863},
@@ -123,6 +126,7 @@ TABLES = {
         wide=1.34,
         wide_checkpointed=1.3,
         overhead=0.13,
+        tflop=4.91,
     ),
     "sdxl": Table(
         parameters={"unet": 2_567_463_684, "text_1": 123_060_480, "text_2": 694_659_840, "vae": 83_653_863},
@@ -140,6 +144,7 @@ TABLES = {
         wide=2.0,
         wide_checkpointed=1.9,
         overhead=0.255,
+        tflop=14.22,
     ),
     "sd3_medium": Table(
         parameters={"unet": 2_028_328_000 + 56_623_104} | _SD3_TEXTS,
@@ -151,6 +156,7 @@ TABLES = {
         wide=1.1,
         wide_checkpointed=1.28,
         overhead=0.08,
+        tflop=19.53,
     ),
     "sd35_medium": Table(
         parameters={"unet": 2_243_171_520 + 226_492_416} | _SD3_TEXTS,
@@ -162,6 +168,7 @@ TABLES = {
         wide=1.1,
         wide_checkpointed=1.28,
         overhead=0.08,
+        tflop=25.56,
     ),
     "sd35_large": Table(
         parameters={"unet": 8_056_627_520 + 89_653_248} | _SD3_TEXTS,
@@ -173,6 +180,7 @@ TABLES = {
         wide=1.1,
         wide_checkpointed=1.28,
         overhead=0.4,
+        tflop=65.86,
     ),
     "demo": Table(
         parameters={"unet": 4_283_012, "text_1": 498_048, "vae": 3_406_663},
@@ -187,6 +195,7 @@ TABLES = {
         wide=1.34,
         wide_checkpointed=1.18,
         overhead=0.001,
+        tflop=0.0019,
         vae=0.035,
     ),
 }  # fmt: skip

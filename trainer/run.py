@@ -173,7 +173,6 @@ class _Room:
             self.why = f"Training {self.words()}: about {about:.1f} of the {free:.1f} GiB that are free on the GPU."
         own = self._rank(self.choice)
         self.rest = [c for c in choices if self._rank(c) > own]
-        emit("memory", mode=self.choice.mode, accumulation=self.choice.accumulation)
         more = {"memory": self.choice.mode, "accumulation": self.choice.accumulation}
         return self.config.model_copy(update={"train": self.config.train.model_copy(update=more)})
 
@@ -224,7 +223,8 @@ def _train(
     for text in ready.plan.warnings:
         emit("warning", text=text)
     cap(device)
-    config = room.settle(_need(ready, hardware.dtype, device, processes.size), processes.agree(free_gib(device)), emit)
+    need = _need(ready, hardware.dtype, device, processes.size)
+    config = room.settle(need, processes.agree(free_gib(device)), emit)
     mode = memory.MODES[config.train.memory]
     now = course.Course(config, ready.plan)
     told = processes.agree(course.changes(events.read(run.events)) if resume and processes.main else [])
@@ -252,6 +252,7 @@ def _train(
         batch_size=config.train.batch_size,
         schedule=plan.describe_schedule(config, ready.family),
     )
+    emit("memory", mode=config.train.memory, accumulation=config.train.accumulation)
 
     # 2. the base, frozen (these imports take seconds: only now)
     from trainer import adapters, bases, capture, checkpoints, families, lean, optimizers, preview, validation
@@ -260,6 +261,8 @@ def _train(
     from trainer.formats import kohya
     from trainer.formats.export import export
     from trainer.loop import Diverged, Hooks, fit
+    from trainer.pace import Pace
+    from trainer.pace import limit as limit_of
     from trainer.step import Step
 
     if config.train.reproducible:
@@ -390,8 +393,10 @@ def _train(
     if reason and device.type == "cuda":
         emit("warning", text=f"The steps run without CUDA graphs, which is slower: {reason}.")
     previews.begin(start)
+    t = memory.TABLES[need.table]
+    limit = limit_of(device, t.tflop * need.rows * need.pixels / t.native**2, hardware.dtype)
     try:
-        outcome, n = fit(now, store, step, runner.run, processes, run, emit, hooks, start, interrupted)
+        outcome, n = fit(now, store, step, runner.run, processes, run, emit, hooks, Pace(start, limit), start, interrupted)
     except torch.OutOfMemoryError:
         room.done, room.spoilt = step.done, getattr(runner, "capturing", False)
         if processes.main and (room.spoilt or not step.updating):  # while a graph is captured, nothing is computed
