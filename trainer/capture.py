@@ -113,6 +113,7 @@ class Captured:
 
     def release(self) -> None:
         """Give the graphs' memory back; they are captured anew when they are needed."""
+        self.step.wait()  # their memory is unmapped at once, also while a replay still uses it
         self._graphs.clear()
         self._pool = None
         gc.collect()

@@ -1,10 +1,10 @@
 """What a run will take, by arithmetic on a table for each base: memory while training, and the size of a LoRA. Torch-free.
 
-Numbers of parameters are those of the real configurations (a test counts them). What training keeps was measured on one H200 (torch
-2.11, batch 1 to 4, bf16 and fp32, with and without text encoders and checkpointing): whole runs for SD1 at 512 and 768 px, steps on
-random weights for the others at their native size. The tables meet all of them within 5 %. How much of it is the frozen base and how
-much attention is an estimate, since attention was never left out; so are the tables of SD3 medium and SD3.5 large for feed-forward and
-projections apart, and SD2 in fp32 with checkpointing. Other GPUs may differ a little: their attention kernels keep other things.
+Numbers of parameters are those of the real configurations (a test counts them). What training keeps was measured on one H200 (torch 2.11,
+captured steps on random weights at the native size: rows, kinds of layers, modes and dtypes as the test lists them); the tables meet all
+of it within 8 %. Estimates are: how much of it is the frozen base and how much attention, since attention was never left out; SD3 medium
+and SD3.5 large but for one figure, by 3.5 medium; trained second text encoders. Other GPUs may differ a little: their attention kernels
+keep other things.
 
 Sizes are in GiB (2^30 bytes), numbers of parameters in whole numbers. LoRAs with `adapter.blocks` are counted as if there were none.
 """
@@ -47,7 +47,7 @@ BYTES_TRAINED = {
     "bf16": 20,
     "fp16": 20,
 }  # of an adapter's number: fp32 weight, gradient, two moments; 16-bit weight and gradient
-PACKED = {"unet": 0.994, "text_3": 0.97}  # share of the numbers that is packed in 8 or 4 bits
+PACKED_T5 = 0.97  # share of its numbers that 8 and 4 bits hold
 BYTES_PACKED = {8: 8.5 / 8, 4: 4.25 / 8}  # with the scales
 # The VAE in fp32, in GiB for each pixel of a batch, measured from 512 to 1536 px; and the pixels that one batch has at least.
 ENCODING, ENCODED_AT_ONCE = 3.02 / 2**20, 2 * 512 * 512
@@ -69,6 +69,7 @@ class Table:
         selective: of the base where feed-forward layers are computed again; checkpointed: of all where whole blocks are.
         wide, wide_checkpointed: how much more that is at 32 bits: norms and the adapters are so already.
         overhead: what a step holds beside all this.
+        packed: share of the denoiser's numbers that 8 and 4 bits hold.
         vae: what the VAE takes, in shares of that of the real ones.
         tflop: 10^12 operations of a training row of native size, adapters apart (counted by torch's counter on the real configurations).
         cost: how long a step takes in each of MODES, in times of that with everything kept; measured as the rest.
@@ -84,6 +85,7 @@ class Table:
     wide_checkpointed: float
     overhead: float
     tflop: float
+    packed: float = 0.994
     vae: float = 1.0
     cost: tuple[float, ...] = ()
 
@@ -110,8 +112,9 @@ TABLES = {
         checkpointed=0.2,
         wide=2.0,
         wide_checkpointed=2.0,
-        overhead=0.15,
+        overhead=0.12,
         tflop=1.73,
+        cost=(1.0, 1.08, 1.32, 1.94, 1.70),
     ),
     "sd2": Table(
         parameters={"unet": 865_910_724, "text_1": 340_387_840, "vae": 83_653_863},
@@ -120,13 +123,14 @@ TABLES = {
             "text_1": {"attention": 188_416, "feed_forward": 235_520},
         },
         native=768,
-        activations={"base": 1.73, "attention": 0.44, "feed_forward": 0.55, "projections": 0.20, "convolutions": 0.51, "text_1": 0.10},
-        selective=0.0,
-        checkpointed=0.73,
-        wide=1.34,
-        wide_checkpointed=1.3,
-        overhead=0.13,
+        activations={"base": 0.92, "attention": 0.247, "feed_forward": 0.24, "projections": 0.083, "convolutions": 0.173, "text_1": 0.09},
+        selective=0.62,
+        checkpointed=0.42,
+        wide=2.0,
+        wide_checkpointed=2.0,
+        overhead=0.108,
         tflop=4.91,
+        cost=(1.0, 1.03, 1.26, 1.65, 1.52),
     ),
     "sdxl": Table(
         parameters={"unet": 2_567_463_684, "text_1": 123_060_480, "text_2": 694_659_840, "vae": 83_653_863},
@@ -140,47 +144,54 @@ TABLES = {
             "base": 3.27, "attention": 0.80, "feed_forward": 0.993, "projections": 0.077, "convolutions": 0.327, "text_1": 0.03, "text_2": 0.2,
         },
         selective=1.9,
-        checkpointed=0.53,
+        checkpointed=0.49,
         wide=2.0,
         wide_checkpointed=1.9,
-        overhead=0.255,
+        overhead=0.1,
         tflop=14.22,
+        cost=(1.0, 1.08, 1.35, 1.86, 1.67),
     ),
     "sd3_medium": Table(
         parameters={"unet": 2_028_328_000 + 56_623_104} | _SD3_TEXTS,
         per_rank={"unet": {"attention": 586_752, "feed_forward": 721_920, "projections": 509_952}, "text_1": _CLIP_L, "text_2": _CLIP_G},
         native=1024,
-        activations={"base": 4.33, "attention": 1.08, "feed_forward": 2.85, "projections": 1.27, "text_1": 0.045, "text_2": 0.17},
-        selective=0.0,
-        checkpointed=0.83,
-        wide=1.1,
-        wide_checkpointed=1.28,
-        overhead=0.08,
+        activations={"base": 2.93, "attention": 0.75, "feed_forward": 1.35, "projections": 1.27, "text_1": 0.045, "text_2": 0.17},
+        selective=2.5,
+        checkpointed=0.6,
+        wide=1.58,
+        wide_checkpointed=1.6,
+        overhead=0.06,
         tflop=19.53,
+        packed=0.957,
+        cost=(1.0, 1.03, 1.39, 1.59, 1.51),
     ),
     "sd35_medium": Table(
         parameters={"unet": 2_243_171_520 + 226_492_416} | _SD3_TEXTS,
         per_rank={"unet": {"attention": 746_496, "feed_forward": 721_920, "projections": 569_856}, "text_1": _CLIP_L, "text_2": _CLIP_G},
         native=1024,
-        activations={"base": 7.94, "attention": 1.98, "feed_forward": 2.97, "projections": 1.31, "text_1": 0.045, "text_2": 0.17},
-        selective=0.0,
-        checkpointed=0.99,
-        wide=1.1,
-        wide_checkpointed=1.28,
-        overhead=0.08,
+        activations={"base": 5.7, "attention": 1.45, "feed_forward": 1.405, "projections": 1.31, "text_1": 0.045, "text_2": 0.17},
+        selective=4.87,
+        checkpointed=0.69,
+        wide=1.58,
+        wide_checkpointed=1.6,
+        overhead=0.06,
         tflop=25.56,
+        packed=0.90,
+        cost=(1.0, 1.03, 1.39, 1.59, 1.51),
     ),
     "sd35_large": Table(
         parameters={"unet": 8_056_627_520 + 89_653_248} | _SD3_TEXTS,
         per_rank={"unet": {"attention": 1_473_792, "feed_forward": 1_824_000, "projections": 1_284_096}, "text_1": _CLIP_L, "text_2": _CLIP_G},
         native=1024,
-        activations={"base": 14.3, "attention": 3.58, "feed_forward": 7.39, "projections": 2.92, "text_1": 0.045, "text_2": 0.17},
-        selective=0.0,
-        checkpointed=1.66,
-        wide=1.1,
-        wide_checkpointed=1.28,
-        overhead=0.4,
+        activations={"base": 10.3, "attention": 2.6, "feed_forward": 3.5, "projections": 2.9, "text_1": 0.045, "text_2": 0.17},
+        selective=8.8,
+        checkpointed=1.2,
+        wide=1.58,
+        wide_checkpointed=1.6,
+        overhead=0.2,
         tflop=65.86,
+        packed=0.978,
+        cost=(1.0, 1.03, 1.39, 1.59, 1.51),
     ),
     "demo": Table(
         parameters={"unet": 4_283_012, "text_1": 498_048, "vae": 3_406_663},
@@ -225,8 +236,9 @@ def weights(table: str, dtype: str, parts: tuple[str, ...], t5: str = "auto", bi
     total = 0.0
     for part in parts:
         each = 4 if part == "vae" else 1 if part == "text_3" and t5 == "8bit" else BYTES[dtype]
-        if bits < 16 and part in PACKED:
-            each = PACKED[part] * BYTES_PACKED[bits] + (1 - PACKED[part]) * BYTES[dtype]
+        if bits < 16 and part in ("unet", "text_3"):
+            share = TABLES[table].packed if part == "unet" else PACKED_T5
+            each = share * BYTES_PACKED[bits] + (1 - share) * BYTES[dtype]
         total += TABLES[table].parameters[part] * each
     return total / GIB
 

@@ -119,6 +119,8 @@ def train(
                 except torch.OutOfMemoryError:
                     if processes.size > 1 or not room.shrink(emit):
                         raise
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize(hardware.device)  # before the memory of its graphs is unmapped
                 gc.collect()  # what the attempt held goes with its frames, which are free only now
                 torch.cuda.empty_cache()
                 if afresh and room.spoilt:

@@ -117,8 +117,11 @@ class Sampler:
 
     def release(self) -> None:
         """Give the memory of the graph, and what else is not in use, back to the device."""
+        cuda = self.models.device.type == "cuda"
+        if cuda and self._pass is not None:
+            torch.cuda.synchronize(self.models.device)  # a graph's memory is unmapped at once, also while a replay still uses it
         self._pass = None
-        if self.models.device.type == "cuda":
+        if cuda:
             torch.cuda.empty_cache()
 
     def _with_room(self, work: Callable[[], T]) -> T:
