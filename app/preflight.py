@@ -518,10 +518,6 @@ def _remedies(config: TrainConfig, need: memory.Need | None, side: int) -> Itera
     """What takes less memory, from what costs the least."""
     if config.train.memory != "auto":
         yield Remedy({"train": {"memory": "auto"}}, "set Save memory to Automatic", "train.memory")
-    small = config.preview.width and config.preview.height and config.preview.width * config.preview.height <= 512 * 512
-    if config.preview.enabled and not small and side > 512:
-        sizes = {"preview": {"width": 512, "height": 512}}
-        yield Remedy(sizes, "make sample images 512 x 512 pixels (Width and Height of sample images)", "preview.width")
     t5 = need is not None and need.t5
     if t5 and config.model.t5 == "auto":
         yield Remedy({"model": {"t5": "8bit"}}, "load T5 in 8 bits", "model.t5")

@@ -52,6 +52,7 @@ BYTES_PACKED = {8: 8.5 / 8, 4: 4.25 / 8}  # with the scales
 # The VAE in fp32, in GiB for each pixel of a batch, measured from 512 to 1536 px; and the pixels that one batch has at least.
 ENCODING, ENCODED_AT_ONCE = 3.02 / 2**20, 2 * 512 * 512
 DECODING, DECODED_AT_ONCE = 4.77 / 2**20, 512 * 512
+TILE = 512 * 512  # pixels that are encoded at once where memory is short; a sample image is decoded in tiles of a ninth of it then
 TEXTS = ("text_1", "text_2", "text_3")
 LARGE = "convolutions_3x3"  # the convolutions that adapter.conv_rank is for
 
@@ -286,8 +287,11 @@ def training(config: TrainConfig, need: Need, choice: Choice) -> float:
 
 
 def stages(config: TrainConfig, need: Need, choice: Choice) -> dict[str, float]:
-    """Most GiB that a run holds at once in each of its stages: `encoding` of images and captions, `training`, and `previews`, where sample
-    images are made (CUDA graphs give their memory back before them, where it is short)."""
+    """Least GiB with which a run gets through each of its stages: `encoding` of images and captions, `training`, and `previews`.
+
+    Where more is free, images are encoded and sample images decoded whole instead of in tiles, and CUDA graphs keep their memory between
+    the steps while sample images are made.
+    """
     t, bits = TABLES[need.table], MODES[choice.mode].bits
     trained = tuple(p for p in t.texts if getattr(config.part, p).train)
     texts = (*t.texts, *(("text_3",) if need.t5 else ()))
@@ -297,18 +301,15 @@ def stages(config: TrainConfig, need: Need, choice: Choice) -> dict[str, float]:
     def held(*parts: str) -> float:
         return weights(need.table, need.dtype, parts, config.model.t5, bits)
 
-    encoding = t.vae * ENCODING * max(ENCODED_AT_ONCE, need.pixels)
-    everything = held("unet", *texts, "vae")
     if choice.parked:
-        found = {"encoding": max(held("vae") + encoding, *(held(text) for text in texts)) + always}
+        encoding = max(held("vae") + t.vae * ENCODING * min(need.pixels, TILE), *(held(text) for text in texts))
     else:
-        found = {"encoding": everything + encoding + always}
-    found["training"] = training(config, need, choice)
+        encoding = held("unet", *texts, "vae") + t.vae * ENCODING * max(ENCODED_AT_ONCE, need.pixels)
+    found = {"encoding": encoding + always, "training": training(config, need, choice)}
     if config.preview.enabled:
         size = (config.preview.width or need.pixels**0.5) * (config.preview.height or need.pixels**0.5)
-        decoding = t.vae * DECODING * max(DECODED_AT_ONCE, size)
-        drawing = max(held("unet", "vae", *trained) + decoding, held("unet", *trained) + max(map(held, texts)))
-        found["previews"] = (everything + decoding if need.cpu else drawing) + state + always
+        decoding = t.vae * DECODING * (max(DECODED_AT_ONCE, size) if need.cpu else size / 9)
+        found["previews"] = held("unet", "vae", *(texts if need.cpu else trained)) + decoding + state + always
     return found
 
 
@@ -331,9 +332,9 @@ def ladder(config: TrainConfig, rows: int) -> list[Choice]:
 
 
 def choose(config: TrainConfig, need: Need, free: float) -> Choice:
-    """The first choice whose steps fit into `free` GiB (as `training` counts, with CONTEXT), or else the last."""
+    """The first choice that fits into `free` GiB, models that are idle being parked, or else the last."""
     choices = ladder(config, need.rows)
-    found = next((c for c in choices if training(config, need, c) <= free), choices[-1])
+    found = next((c for c in choices if peak(config, need, replace(c, parked=True)) <= free), choices[-1])
     return settle(config, need, found, free)
 
 
@@ -343,7 +344,7 @@ def settle(config: TrainConfig, need: Need, choice: Choice, free: float) -> Choi
 
 
 def peak(config: TrainConfig, need: Need, choice: Choice) -> float:
-    """The most of all `stages`, in GiB."""
+    """GiB that the run takes: the most of all `stages`."""
     return max(stages(config, need, choice).values())
 
 

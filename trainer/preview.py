@@ -19,29 +19,37 @@ class Previews:
     Args:
         trained: the parts that carry an adapter: text encoders among them read the prompts anew each time.
         size: (width, height) in pixels, where the settings leave it open.
-        room: see Sampler; say: gets sentences for the user.
+        say: gets sentences for the user.
+
+    Attributes:
+        adapter: set before the first call of `make`; room: see Sampler.
     """
+
+    adapter: Adapter
 
     def __init__(
         self,
         config: TrainConfig,
         family: Family,
         models: Models,
-        adapter: Adapter,
         trained: Container[str],
         size: tuple[int, int],
         run: RunDir,
-        room: Callable[[], None] | None,
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.adapter, self.run, self._say = config.preview, adapter, run, say
+        self.config, self.run, self._say = config.preview, run, say
         self.size = config.preview.width or size[0], config.preview.height or size[1]
-        frozen = [part for part in models.text if part not in trained]
-        self.sampler = Sampler(family, models, frozen=frozen, graphs=True, attention=config.train.attention, room=room, say=say)
+        self.frozen = [part for part in models.text if part not in trained]
+        self.sampler = Sampler(family, models, frozen=self.frozen, graphs=True, attention=config.train.attention, say=say)
         self.cost: float | None = None  # seconds that the last one took; of the very first without what is done but once
         self._spent = 0.0  # seconds, since the training began
         self._began, self._first = time.perf_counter(), 0
         self._told = False
+
+    def read(self, prompts: tuple[str, ...]) -> None:
+        """Have the frozen encoders read the prompts now, while there is room on the device."""
+        if self.config.enabled:
+            self.sampler.read(prompts, self.config.negative, self.config.guidance, only=self.frozen)
 
     def make(self, prompts: tuple[str, ...], step: int) -> list[str]:
         """Sample every prompt with its fixed seed and save the pictures; returns their file names in `run.previews`."""

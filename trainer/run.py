@@ -298,6 +298,9 @@ def _train(
     measures = _measures(config, ready.plan, store, trained, validation) if config.validation.enabled else {}
     if processes.main:
         cache.prune()
+    previews = preview.Previews(config, family, models, trained, next(iter(ready.plan.buckets())), run, lambda t: emit("warning", text=t))
+    if processes.main:
+        previews.read(now.prompts)
     models.park("vae", *(p for p in models.text if p not in store.text.live))
     models.fetch("unet", *store.text.live)
 
@@ -323,6 +326,7 @@ def _train(
     step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
     reason = capture.why_not(step)
     runner = step if reason else capture.Captured(step)
+    previews.adapter, previews.sampler.room = adapter, getattr(runner, "release", None)
     objects = {"adapter": adapter, "optimizer": checkpoints.OptimizerState(optimizer)} | ({"loss_scale": step.scale} if step.scale else {})
     if last:
         checkpoints.load_checkpoint(last[1], objects)
@@ -332,13 +336,13 @@ def _train(
         emit("changed", **change)
 
     # 5. what happens beside the steps
-    biggest = next(iter(ready.plan.buckets()))
-    say = lambda text: emit("warning", text=text)  # noqa: E731
-    previews = preview.Previews(config, family, models, adapter, trained, biggest, run, getattr(runner, "release", None), say)
-
     def do_preview(n: int) -> None:
-        if processes.main:
+        if not processes.main:
+            return
+        try:
             emit("preview", step=n, images=previews.make(now.prompts, n), prompts=list(now.prompts))
+        except torch.OutOfMemoryError:
+            emit("warning", text=f"The GPU's memory is too full for sample images after step {n}. The training goes on without them.")
 
     def do_look(n: int) -> None:
         if processes.main and previews.due(n, now.total):

@@ -65,7 +65,7 @@ class Sampler:
         room: Callable[[], None] | None = None,
         say: Callable[[str], None] = warnings.warn,
     ) -> None:
-        self.family, self.models, self.frozen, self._room, self._say = family, models, frozen, room, say
+        self.family, self.models, self.frozen, self.room, self._say = family, models, frozen, room, say
         self.why_eager = why_not(models.device, attention) if graphs else "this is a single call"
         self.replays = 0  # of all calls
         self._told: dict[str, _Told] = {}
@@ -93,10 +93,9 @@ class Sampler:
         raises ends the sampling. Raises ValueError for a size that the denoiser does not take.
         """
         self._check(size)
-        self._spare = self._room is not None
+        self._spare = self.room is not None
         guided = guidance > 1
-        texts = tuple(dict.fromkeys([*prompts, *([negative] if guided else [])]))
-        told = self._with_room(lambda: self._read(texts))
+        told = self._with_room(lambda: self.read(prompts, negative, guidance))
         scheduler = self.family.preview_scheduler(self.models)
         latents: dict[int, torch.Tensor] = {}
 
@@ -133,7 +132,7 @@ class Sampler:
                 raise
         self._spare = False  # here the error is gone, and with it what its frames held
         self.release()
-        self._room()
+        self.room()
         return work()
 
     # what is asked for
@@ -147,10 +146,11 @@ class Sampler:
     def _shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         return self.models.parts["unet"].config.in_channels, size[1] // 8, size[0] // 8
 
-    def _read(self, texts: tuple[str, ...]) -> dict[str, _Told]:
-        """What each encoder makes of `texts`; of frozen ones, what is known already."""
+    def read(self, prompts: Sequence[str], negative: str, guidance: float, only: Container[str] | None = None) -> dict[str, _Told]:
+        """What each encoder (or those that `only` names) makes of the texts; of frozen ones, what is known already."""
+        texts = tuple(dict.fromkeys([*prompts, *([negative] if guidance > 1 else [])]))
         found = {}
-        for part in self.models.text:
+        for part in (p for p in self.models.text if only is None or p in only):
             known = self._told.get(part)
             if known is None or known.texts != texts:
                 known = _Told(texts, *self.family.read(self.models, part, texts))
@@ -269,17 +269,9 @@ class Sampler:
         return [picture for one in latents.split(1) for picture in (self._in_tiles(one) if self._tiled else self._pictures(one))]
 
     def _in_tiles(self, latents: torch.Tensor) -> list[Image.Image]:
-        """The picture of latents (1, C, h, w) by diffusers' tiled decoding, each tile half as high and wide as the picture."""
-        vae = self.models.vae
-        kept = vae.tile_latent_min_size, vae.tile_sample_min_size
-        vae.tile_latent_min_size = -(-max(latents.shape[-2:]) // 8) * 4  # of which a quarter, in which tiles overlap, is a whole number
-        vae.tile_sample_min_size = 8 * vae.tile_latent_min_size
-        vae.enable_tiling()
-        try:
-            return _images(vae.decode(latents, return_dict=False)[0])
-        finally:
-            vae.disable_tiling()
-            vae.tile_latent_min_size, vae.tile_sample_min_size = kept
+        """The picture of latents (1, C, h, w), each tile about a third as high and wide as the picture."""
+        with self.models.tiling(-(-max(latents.shape[-2:]) // 12) * 4):  # of which a quarter, in which tiles overlap, is a whole number
+            return _images(self.models.vae.decode(latents, return_dict=False)[0])
 
 
 class _Pass:
