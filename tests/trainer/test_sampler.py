@@ -207,7 +207,8 @@ def test_what_tick_raises_ends_it_and_leaves_nothing_behind(demo, configure, tmp
     models.park("text_1", "vae")
     run = RunDir(tmp_path)
     run.create()
-    shown = preview.Previews(config, family, models, adapter, ["unet"], (64, 64), run, None, pytest.fail)
+    shown = preview.Previews(config, family, models, ["unet"], (64, 64), run, pytest.fail)
+    shown.adapter = adapter
     count = []
 
     def tick():
@@ -276,7 +277,7 @@ def test_a_picture_too_large_to_decode_is_decoded_in_tiles(demo, monkeypatch):
     assert tried[5:] == [(1, True)] and len(said) == 1 and "decoded in overlapping tiles" in said[0]
     assert not models.vae.use_tiling and models.vae.tile_latent_min_size == models.vae.config.sample_size // 8
     near = [np.abs(np.asarray(a, float) - np.asarray(b, float)).mean() for a, b in zip(found, want, strict=True)]
-    assert all(image.size == (136, 104) for image in found) and max(near) < 8
+    assert all(image.size == (136, 104) for image in found) and max(near) < 12  # of 255, in tiles of 32 pixels
 
 
 @pytest.mark.filterwarnings("ignore:The GPU's memory is too small")
