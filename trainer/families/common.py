@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trainer import imports
 from trainer.config import LoraConfig, ModelConfig
 from trainer.data.buckets import Placement
 from trainer.families import Cond, Models, States, clip
@@ -55,6 +56,7 @@ class Common:
 
     def open(self, source: Path, dtype: torch.dtype, device: torch.device, model: ModelConfig) -> tuple[dict[str, Any], Models]:
         """The components of `source` by diffusers' names, and the Models made of them, frozen, on the device; no schedule yet."""
+        imports.light()
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # it lasts for milliseconds and would break into the run's own bar

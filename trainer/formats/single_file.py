@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from trainer import imports
 from trainer.formats import FormatError, int8
 from trainer.formats.metadata import read_header
 from trainer.formats.probe import LDM, TITLES, VAES, Kind, identify, weight_files
@@ -65,6 +68,7 @@ PARTS = {"text_1": "text_encoder", "text_2": "text_encoder_2"}  # the trainer's 
 LEGACY_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of folders from before diffusers 0.15
 WIDE = (".scale_weight", ".weight_scale")  # ends of the keys by which ComfyUI's scaled fp8 weights are multiplied
 FP8 = tuple(getattr(torch, n) for n in ("float8_e4m3fn", "float8_e5m2"))
+DRAWS = {getattr(nn.init, n) for n in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")}
 AGAIN = "Download it again or choose another."
 
 Read = Callable[[str], torch.Tensor]
@@ -255,13 +259,29 @@ def _configs(source: Path, kind: Kind) -> Path:
     return source if source.is_dir() else CONFIGS / (kind.variant or kind.kind)
 
 
+class _Blank(TorchFunctionMode):
+    """On the meta device: no number is drawn or counted for a model that is about to get its weights.
+
+    torch has normal_ and arange in Python there, and imports sympy for them (.5 s).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.arange and len(args) == 1 and isinstance(args[0], int) and kwargs.keys() <= {"dtype"}:
+            return torch.empty(args[0], dtype=kwargs.get("dtype") or torch.int64, device="meta")
+        return func(*args, **kwargs)
+
+
 def _model(cls: str, config: Path) -> torch.nn.Module:
     """A model on the meta device. Raises FormatError for a configuration that cannot be used."""
+    imports.light()
     import diffusers
     import transformers
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Blank():
             if hasattr(diffusers, cls):
                 kind = getattr(diffusers, cls)
                 return kind.from_config(kind.load_config(config, local_files_only=True))
