@@ -121,9 +121,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _dry_run(config: Any, as_json: bool) -> int:
-    from trainer import families, plan, run
+    from trainer import families, imports, plan, run
     from trainer.hardware import choose
 
+    imports.light()
     hardware = choose(config.train.device, config.train.dtype, config.train.attention)
     ready = run.prepare(config, lambda text: print(text, file=sys.stderr))  # stdout may be JSON
     laid, total = ready.plan, len(ready.plan.steps)

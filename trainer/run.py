@@ -12,12 +12,13 @@ import re
 import signal
 import time
 from collections.abc import Callable, Container, Iterator
-from importlib import metadata as packages
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trainer import control, course, events, memory, plan, randomness
+from trainer import control, course, events, imports, memory, plan, randomness
 from trainer.config import TrainConfig
+from trainer.data.scan import scan
 from trainer.families import sources
 from trainer.formats import probe
 from trainer.hardware import Hardware, cap, choose, free_gib
@@ -78,6 +79,9 @@ def train(
     Again where a failed capture may have spoilt this process.
     Raises ValueError with a sentence for anything that the user can mend; it also stands in the run's `failed` event.
     """
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(scan, config.data)  # it remembers good images; what is wrong `prepare` finds again
+        imports.light()
     import torch
 
     from trainer.processes import Processes
@@ -587,7 +591,7 @@ def _check_folder(config: TrainConfig, run: RunDir, resume: bool, visits: int | 
         run.events.unlink(missing_ok=True)  # of a run that failed before its first step: mended settings may start in its folder
     write_json(run.config, config.model_dump(mode="json"))
     names = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow")
-    write_json(run.versions, {name: packages.version(name) for name in names})
+    write_json(run.versions, {name: imports.version(name) for name in names})
 
 
 def _check_end(config: TrainConfig, run: RunDir, visits: int | None) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trainer import imports
 from trainer.config import LoraConfig, ModelConfig
 from trainer.data.buckets import Placement
 from trainer.families import Cond, Models, States, clip
@@ -55,18 +56,19 @@ class Common:
 
     def open(self, source: Path, dtype: torch.dtype, device: torch.device, model: ModelConfig) -> tuple[dict[str, Any], Models]:
         """The components of `source` by diffusers' names, and the Models made of them, frozen, on the device; no schedule yet."""
+        imports.light()
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # it lasts for milliseconds and would break into the run's own bar
-        found = single_file.load_any(source, dtype, text_encoders=model.text_encoders, t5=model.t5)
+        found = single_file.load_any(source, dtype, model.text_encoders, model.t5, device, torch.channels_last)
         text = {f"text_{k}": f"encoder{'' if k == 1 else f'_{k}'}" for k in (1, 2, 3)}
         encoders = {part: found[f"text_{n}"] for part, n in text.items() if found.get(f"text_{n}") is not None}
         tokenizers = {part: found[f"{text[part].replace('encoder', 'tokenizer')}"] for part in encoders}
         frozen = {part: m for part, m in encoders.items() if part not in self.parts}
         parts = {"unet": found[self.denoiser]} | {p: m for p, m in encoders.items() if p in self.parts}
-        parts["unet"].to(memory_format=torch.channels_last)
         for module in (*parts.values(), *frozen.values(), found["vae"]):
             module.requires_grad_(False).eval().to(device)
+        parts["unet"].to(memory_format=torch.channels_last)
         models = Models(parts, found["vae"], tokenizers, dict(found["scheduler"]), "unknown", None, device, frozen)
         models.clip_skip = model.clip_skip
         models.notes = list(found.get("notes", ()))
