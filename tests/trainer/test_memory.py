@@ -171,3 +171,10 @@ def test_numbers_of_parameters_are_those_of_the_real_configurations(table):
         model = single_file._model(classes[name], source / name)
         buffers = sum(b.numel() for b in model.buffers()) if part == "unet" else 0
         assert sum(p.numel() for p in model.parameters()) + buffers == count
+
+
+def test_the_help_page_has_the_table_by_card_as_it_is_calculated():
+    text = (ROOT / "assets" / "help" / "speed.md").read_text(encoding="utf-8")
+    assert memory.table_of_cards() in text
+    for table in ("sd1", "sdxl", "sd35_medium"):
+        assert all(f"{cost:.2f} x" in text for cost in memory.TABLES[table].cost[1:])
