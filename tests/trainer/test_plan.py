@@ -391,7 +391,7 @@ def test_images_are_held_out_when_asked_for_or_from_twenty_on_and_never_trained(
     found = laid(many, **on)
     assert not {i.digest for i in found.images} & {i.digest for i in found.held_out} and len(found.images) == 43
     assert [i.path for i in laid(many, **on).held_out] == [i.path for i in found.held_out]
-    with pytest.raises(ValueError, match="dataset.hold_out is 19; 19 images are there"):
+    with pytest.raises(ValueError, match=r"dataset\.hold_out is 19; 19 images are there"):
         laid(few, **{"dataset.hold_out": 19})
     for path in sorted(few.glob("*.png"))[1:]:
         path.write_bytes((few / "00.png").read_bytes())
@@ -400,7 +400,7 @@ def test_images_are_held_out_when_asked_for_or_from_twenty_on_and_never_trained(
 
 
 def test_prior_preservation_needs_a_class_word(configure, pictures):
-    with pytest.raises(ValueError, match="data.1 has none"):
+    with pytest.raises(ValueError, match=r"data\.1 has none"):
         plan.make(configure({"loss.prior_weight": 1.0}), 128)
 
 

@@ -21,6 +21,7 @@ from trainer.step import LossScale, Step
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 TARGETS = ["attention", "feed_forward", "projections", "convolutions"]
+WHOLE = torch.ones(1)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def alphas_cumprod():
     return torch.cumprod(1 - betas, 0)
 
 
-def reference(made, n, draws, masks=torch.ones(1), classes=None):
+def reference(made, n, draws, masks=WHOLE, classes=None):
     """Loss of step n and its gradient for each adapter tensor, {name: tensor}, by plain models in float64 with W + alpha/rank * up @ down."""
     config, captions = made.config, made.plan.captions
     unet = UNet2DConditionModel.from_pretrained(DEMO / "unet").double()
@@ -141,7 +142,7 @@ def test_loss_and_gradients_equal_a_float64_reference(gamma, prediction, build, 
         assert apart < 1e-4, f"{name} is {apart:.1e} apart"
 
 
-def check(made, n, masks=torch.ones(1), classes=None):
+def check(made, n, masks=WHOLE, classes=None):
     batch = made.store.batch(n)
     draws = made.step.begin(n, batch)
     made.step.grads(n, batch, draws, made.store.total_weight[n])
