@@ -84,6 +84,7 @@ def train(
         imports.light()
     import torch
 
+    from trainer.kernels import widened
     from trainer.processes import Processes
 
     run, started = RunDir(root), time.time()
@@ -118,7 +119,8 @@ def train(
             room.choice = processes.agree(room.choice)
             while True:
                 try:
-                    outcome, step = _train(config, run, hardware, processes, emit, resume, visits, interrupted, room)
+                    with widened.where_needed(hardware.device, hardware.dtype):
+                        outcome, step = _train(config, run, hardware, processes, emit, resume, visits, interrupted, room)
                     break
                 except torch.OutOfMemoryError:
                     if processes.size > 1 or not room.shrink(emit):
