@@ -37,6 +37,7 @@ from app.errors import Problem
 from app.paths import ROOT, Home
 from trainer import events
 from trainer.data.buckets import Placement, place
+from trainer.data.captions import parts_of, trigger_first, without
 from trainer.data.scan import MASK, OTHER_SUFFIXES, SUFFIXES, decode, inspect, list_files, sidecars_of
 from trainer.run_dir import replace, write_atomic
 
@@ -215,7 +216,7 @@ class Dataset:
         counts: Counter[str] = Counter()
         spelled: dict[str, str] = {}
         for _, text in self._texts(self.images).values():
-            own = {part.casefold(): part for part in caption_texts.parts_of(text) if len(part.split()) <= 4}
+            own = {part.casefold(): part for part in parts_of(text) if len(part.split()) <= 4}
             counts.update(own.keys())
             for key, part in own.items():
                 spelled.setdefault(key, part)
@@ -251,11 +252,11 @@ class Dataset:
             what = "There is no trigger word yet; type one first." if field == "trigger" else f"{field} is empty; say which text."
             raise Problem(what, errors={field: what})
         edit: dict[str, Callable[[str], str]] = {
-            "trigger_first": lambda old: caption_texts.trigger_first(old, " ".join(trigger.split())),
+            "trigger_first": lambda old: trigger_first(old, " ".join(trigger.split())),
             "replace": lambda old: caption_texts.replaced(old, find, text),
             "prepend": lambda old: caption_texts.joined(text, old, behind=False),
             "append": lambda old: caption_texts.joined(old, text, behind=True),
-            "remove_tag": lambda old: caption_texts.without(old, find),
+            "remove_tag": lambda old: without(old, find),
             "clear": lambda old: "",
         }
         with self.lock:
