@@ -30,10 +30,10 @@ READ_ME = """A bug report of LoRA Atelier. Look through it before you send it: e
 Left out or blotted out: {out}. It holds no images, no passwords and no tokens.
 """
 PRIVATE = {  # keys of configurations and events, by what they hold
-    "captions": ("caption", "captions", "trigger", "class_word", "tags"),
+    "captions": ("caption", "captions", "trigger", "class_word", "tags", "blocked_tags", "blocked"),
     "prompts": ("prompt", "prompts", "negative", "negative_prompt"),
     "names": ("name", "title", "author", "description", "folder", "source", "file", "path", "images", "license", "words",
-              "lora_folder", "model_folders", "run_folders", "captioners", "sentences"),
+              "lora_folder", "model_folders", "run_folders", "captioners", "sentences", "only"),
 }  # fmt: skip
 KIND_OF = {key: kind for kind, keys in PRIVATE.items() for key in keys}
 FILES = r"png|jpe?g|webp|gif|bmp|tiff?|heic|avif|txt|caption|safetensors|ckpt|pt|pth|bin|zip|toml|csv"

@@ -138,7 +138,8 @@ def make_qwen(folder: Path, kind: str = "qwen3_vl") -> Path:
     torch.manual_seed(4)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, text_config=text, vision_config=vision, **ids))
     _stir(model, 0.3)
-    model.generation_config.update(eos_token_id=[2], pad_token_id=0, do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
+    drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}  # as of the models of the hub
+    model.generation_config.update(eos_token_id=[2], pad_token_id=0, suppress_tokens=list(range(8)), **drawn)  # words alone, no end
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(

@@ -58,8 +58,22 @@ class Known:
 
 KNOWN = (
     Known(blip.DEFAULT, "blip", "BLIP large", "One short sentence; quick on any machine.", "BSD-3-Clause", 1880),
-    Known(florence.DEFAULT, "florence", "Florence-2 base", "Some sentences with more detail, from a small model.", "MIT", None),
-    Known("florence-community/Florence-2-large-ft", "florence", "Florence-2 large", "The same, seen more closely.", "MIT", None),
+    Known(
+        florence.DEFAULT,
+        "florence",
+        "Florence-2 base",
+        "Some sentences with more detail, by a small model (0.23 billion parameters).",
+        "MIT",
+        None,
+    ),
+    Known(
+        "florence-community/Florence-2-large-ft",
+        "florence",
+        "Florence-2 large",
+        "The same, seen more closely (0.77 billion parameters).",
+        "MIT",
+        None,
+    ),
     Known(
         qwen.DEFAULT, "qwen", "Qwen3-VL 2B", "Does as it is told: it leaves out of captions what the LoRA shall learn.", "Apache-2.0", 4270
     ),
