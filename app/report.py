@@ -25,7 +25,7 @@ from app.paths import ROOT, Home
 RUNS, JOBS, TAIL = 6, 4, 200_000  # how many of the newest run and job folders, and bytes of each file's end
 MOST_FILES = 5000  # looked at for captions and names
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "gradio", "fastapi", "starlette", "uvicorn", "pydantic",
-            "huggingface_hub", "pillow", "numpy", "psutil", "xformers", "bitsandbytes", "prodigyopt")  # fmt: skip
+            "huggingface_hub", "pillow", "numpy", "psutil", "onnxruntime", "xformers", "bitsandbytes", "prodigyopt")  # fmt: skip
 READ_ME = """A bug report of LoRA Atelier. Look through it before you send it: everything in it is plain text.
 Left out or blotted out: {out}. It holds no images, no passwords and no tokens.
 """

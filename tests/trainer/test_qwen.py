@@ -108,7 +108,7 @@ def test_bits_are_chosen_by_the_free_memory_with_a_reason(tmp_path):
     small = room + (4.25 / 8 + 2 * 0.5) * m
     for free in (fits - 1e-6, small):
         dtype, packed, reason = qwen.choose(folder, "cuda:1", "fp16", free)
-        assert (dtype, packed) == ("fp16", True) and "4 bits" in reason
+        assert (dtype, packed) == ("bf16", True) and "4 bits" in reason  # fp16 has too small a range for these models
     with pytest.raises(ValueError, match="choose a smaller captioner under Settings"):
         qwen.choose(folder, "cuda", "bf16", small - 1e-6)
     assert qwen.choose(folder, "cpu", "fp32", room + 4 * 1.5 * m)[:2] == ("fp32", False)

@@ -127,23 +127,26 @@ def peek(source: str) -> tuple[set[str], str]:
     text = source.strip().strip("\"'")
     folder = Path(text).expanduser()
     if text and folder.is_dir():
-        names = {p.name for p in folder.iterdir()}
-        return names, str(read_json(folder / "config.json").get("model_type", "")) if "config.json" in names else ""
+        return {p.name for p in folder.iterdir()}, _type(folder / "config.json")
     if not HUB_ID.fullmatch(text):
         return set(), ""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError
 
-    names: set[str] = set()
+    found: dict[str, Path] = {}
     for name in ("selected_tags.csv", "config.json"):
         try:
-            path = Path(hf_hub_download(text, name))  # from the cache where the hub cannot be reached
-            names.add(name)
-        except (HfHubHTTPError, HTTPError, LocalEntryNotFoundError, OSError, ValueError):
+            found[name] = Path(hf_hub_download(text, name))  # from the cache where the hub cannot be reached
+        except (HTTPError, OSError, ValueError):
             continue
-        if name == "config.json":
-            return names, str(read_json(path).get("model_type", ""))
-    return names, ""
+    return set(found), _type(found["config.json"]) if "config.json" in found else ""
+
+
+def _type(path: Path) -> str:
+    try:
+        return str(read_json(path).get("model_type", ""))
+    except SourceError:
+        return ""
 
 
 def gib(folder: Path, width: Callable[[str, tuple[int, ...]], float]) -> float:

@@ -141,8 +141,9 @@ def free_gib(device: str) -> float:
 def choose(folder: Path, device: str, dtype: str, free: float) -> tuple[str, bool, str]:
     """(dtype, whether the layers are packed in 4 bits, the reason in a sentence) for so many GiB of free memory.
 
-    Raises ValueError where nothing fits.
+    bf16 stands in for fp16, whose range these models overflow: they say "!!!!" then. Raises ValueError where nothing fits.
     """
+    dtype = "bf16" if dtype == "fp16" else dtype
     gpu = device.startswith(("cuda", "xpu"))
     where = "of the GPU's memory" if gpu else "of memory"
     full = gib(folder, lambda name, shape: 4 if dtype == "fp32" else 2) + ROOM

@@ -60,6 +60,7 @@ def build(config: Config, folder: Path, device: str, dtype: str, note: Callable[
 
     names, kinds = read_tags(folder / "selected_tags.csv")
     providers, reason = choose(device, onnxruntime.get_available_providers())
+    onnxruntime.disable_telemetry_events()  # which Microsoft's builds for Windows send else
     onnxruntime.set_default_logger_severity(3)
     try:
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=providers)
