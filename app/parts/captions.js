@@ -185,8 +185,9 @@ export function captionsSection(page) {
     return captioned < 3 ? [] : draft.images.tags.filter(([t, n]) => n >= COMMON * captioned && t.toLowerCase() !== trigger && !gone.has(t.toLowerCase()));
   }
   function keep(tags) {
-    localStorage.setItem("la-kept-tags:" + draft.images.folder, JSON.stringify([...kept(), ...tags.map((t) => t.toLowerCase())]));
-    draw();
+    const before = [...kept()], save = (list) => { localStorage.setItem("la-kept-tags:" + draft.images.folder, JSON.stringify(list)); draw(); };
+    save([...before, ...tags.map((t) => t.toLowerCase())]);
+    toast(tags.length === 1 ? `“${tags[0]}” is kept.` : `${tags.length} tags are kept.`, "", ["Undo", () => save(before)]);
   }
   function drawCommon() {
     const list = commonTags(), trigger = draft.value("trigger");

@@ -45,3 +45,7 @@ def test_the_number_of_a_pictures_tokens_is_that_of_the_vision_tower():
         seen = tower(torch.zeros(1, 3, side, side)).last_hidden_state
         assert florence.tokens_of(config, side, side) == seen.shape[2] * seen.shape[3] + 1
     assert florence.tokens_of(config, 768, 768) == 577  # of the models of the hub
+
+
+def test_a_caption_ends_where_the_model_has_no_more_places(model, images):
+    assert florence.build(florence.Config(max_tokens=1000), model, "cpu", "fp32", print)(images[:1])[0]

@@ -66,6 +66,7 @@ def build(config: Config, folder: Path, device: str, dtype: str, note: Callable[
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prepare = CLIPImageProcessorPil.from_pretrained(folder)
     question = tokenizer(TASKS[config.task]).input_ids  # <s> question </s>
+    longest = min(config.max_tokens, model.config.text_config.max_position_embeddings - 1)
 
     @torch.inference_mode()
     def caption(images: Sequence[Image]) -> list[str]:
@@ -76,7 +77,7 @@ def build(config: Config, folder: Path, device: str, dtype: str, note: Callable[
             input_ids=asked,
             attention_mask=torch.ones_like(asked),
             pixel_values=pixels,
-            max_new_tokens=config.max_tokens,
+            max_new_tokens=longest,
             num_beams=3,
             do_sample=False,
         )

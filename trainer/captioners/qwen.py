@@ -144,7 +144,7 @@ def choose(folder: Path, device: str, dtype: str, free: float) -> tuple[str, boo
     bf16 stands in for fp16, whose range these models overflow: they say "!!!!" then. Raises ValueError where nothing fits.
     """
     dtype = "bf16" if dtype == "fp16" else dtype
-    gpu = device.startswith(("cuda", "xpu"))
+    gpu = device.startswith("cuda")
     where = "of the GPU's memory" if gpu else "of memory"
     full = gib(folder, lambda name, shape: 4 if dtype == "fp32" else 2) + ROOM
     if full <= free:
