@@ -169,7 +169,7 @@ def _train(
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from trainer import adapters, bases, capture, checkpoints, families, optimizers, preview, validation
+    from trainer import adapters, bases, capture, checkpoints, families, optimizers, preview, tape, validation
     from trainer.data.cache import Cache
     from trainer.data.store import Store
     from trainer.formats import kohya
@@ -301,7 +301,7 @@ def _train(
     reason = capture.why_not(step)
     if reason and device.type == "cuda":
         emit("warning", text=f"The steps run without CUDA graphs, which is slower: {reason}.")
-    runner = step if reason else capture.Captured(step)
+    runner = capture.Captured(step) if not reason else step if tape.why_not(step) else tape.Taped(step)
     outcome, n = fit(now, store, step, runner.run, processes, run, emit, hooks, start, interrupted)
 
     # 7. keep it
