@@ -638,6 +638,10 @@ def doctor_lines(probe: dict) -> list:
     lines += [f"GPU         {probe['gpu_unusable'] or 'none'}"] if not probe["gpus"] else []
     lines += [f"Training on {choice['name']} ({choice['device']}), dtype {choice['dtype']}, attention {choice['attention']}"]
     lines += [f"            {reason}" for reason in choice["reasons"]]
+    if probe.get("fits"):
+        lines += ["What fits (rank 16 on attention and feed-forward layers, one image at a time):"] + [
+            f"  - {line}" for line in probe["fits"]
+        ]
     return lines + ["What would be slow, and why:"] + [f"  - {line}" for line in probe["slow"] or ["nothing that is known of"]]
 
 

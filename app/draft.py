@@ -386,7 +386,7 @@ def compose(home: Home, draft: Mapping[str, Any], changed: bool = True) -> dict[
     values = merge(values, nest(kept))
     if settings.load(home).memory == "low":
         batch = flat.get("train.batch_size", forms.defaults()["train.batch_size"])
-        saving = {"checkpointing": True, "accumulation": batch}
+        saving = {"memory": "checkpointing", "accumulation": batch}
         values["train"] = saving | {k: v for k, v in values.get("train", {}).items() if f"train.{k}" in own or k not in saving}
     made = {
         "model": {"source": models.absolute(draft["model"])},

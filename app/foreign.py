@@ -321,12 +321,14 @@ def _kohya(raw: dict[str, Any], images: int) -> Import:
     for theirs, our in (
         ("shuffle_caption", "dataset.shuffle_tags"),
         ("flip_aug", "dataset.flip"),
-        ("gradient_checkpointing", "train.checkpointing"),
         ("weighted_captions", "dataset.prompt_weights"),
     ):
         key, value = take(theirs)
         if key:
             found.put(our, _true(value), key, value)
+    key, value = take("gradient_checkpointing")
+    if key:
+        found.put("train.memory", "checkpointing" if _true(value) else "auto", key, value)
     if _number(raw.get("max_token_length")) in (75, 150, 225):
         key, value = take("max_token_length")
         found.put("dataset.text_windows", int(_number(value) or 75) // 75, key, value)
@@ -584,6 +586,7 @@ ONE_TRAINER_REASONS = {
     "lora_decompose": "only plain LoRA is there",
     "attention_mechanism": "PyTorch's own attention is used",
 }  # fmt: skip
+ONE_TRAINER_PACKED = {"NFLOAT_4": "4bit", "INT_8": "8bit", "FLOAT_8": "8bit"}
 ONE_TRAINER_SILENT = {
     "__version", "training_method", "debug_mode", "debug_dir", "workspace_dir", "cache_dir", "tensorboard", "tensorboard_expose",
     "tensorboard_port", "extra_model_name", "weight_dtype", "output_model_format", "aspect_ratio_bucketing", "latent_caching", "image_caching",
@@ -748,8 +751,12 @@ def _one_trainer(raw: dict[str, Any], images: int) -> Import:
     checkpointing = take("gradient_checkpointing")
     if checkpointing is None and isinstance(raw.get(denoiser), dict):
         checkpointing = raw[denoiser].get("gradient_checkpointing")
-    if checkpointing is not None:
-        found.put("train.checkpointing", _true(checkpointing) or checkpointing == "CPU_OFFLOADED", "gradient_checkpointing", checkpointing)
+    packed = raw[denoiser].get("weight_dtype") if isinstance(raw.get(denoiser), dict) else None
+    if packed in ONE_TRAINER_PACKED:
+        found.put("train.memory", ONE_TRAINER_PACKED[packed], f"{denoiser}.weight_dtype", packed)
+    elif checkpointing is not None:
+        saves = _true(checkpointing) or checkpointing == "CPU_OFFLOADED"
+        found.put("train.memory", "checkpointing" if saves else "auto", "gradient_checkpointing", checkpointing)
     dtypes = {"FLOAT_16": "fp16", "BFLOAT_16": "bf16", "FLOAT_32": "fp32"}
     for ours, theirs in (("train.dtype", "train_dtype"), ("output.dtype", "output_dtype")):
         value = str(take(theirs) or "")

@@ -154,9 +154,10 @@ LABELS = {
     "train.batch_size": ("Batch size", "Images of one step. More is steadier and takes more memory."),
     "train.accumulation": ("Batch cut into", "Parts into which a batch is cut to save memory; the result is the same."),
     "train.max_grad_norm": ("Gradient limit", "A step's gradient is scaled down to this norm. Empty switches it off."),
-    "train.checkpointing": (
+    "train.memory": (
         "Save memory",
-        "Gradient checkpointing: computes a part again instead of keeping it. Less memory, about a third slower.",
+        "Automatic takes the first of the others that fits. Selective computes the feed-forward layers twice (8 % slower with SDXL), "
+        "checkpointing every block (a third slower); 8 and 4 bits also pack the frozen model, which changes results a little.",
     ),
     "train.seed": ("Seed", "Another number draws other noise and another order."),
     "train.device": ("Device", "auto takes the best there is. Else cpu, cuda, cuda:1, mps or xpu."),
@@ -166,7 +167,7 @@ LABELS = {
     "preview.enabled": ("Make sample images", "Pictures at the start, at the end, and in between, so that you see it learn."),
     "preview.every": (
         "Sample images every",
-        "Steps between sample images. Empty: eight times over the run. 0: only at the start and the end.",
+        "Steps between sample images. Empty: eight times over the run, or as often as a tenth of its time allows. 0: only at the start and the end.",
     ),
     "preview.prompts": ("Prompts", "One prompt a line. Empty: four are made from your captions, trigger and class word."),
     "preview.quality": (
@@ -218,7 +219,7 @@ CHOICES = {
     "attention": "Attention", "feed_forward": "Feed-forward", "projections": "Projections", "convolutions": "Convolutions",
     "adamw": "AdamW", "adamw8bit": "AdamW 8-bit", "prodigy": "Prodigy", "constant": "Constant", "linear": "Linear", "cosine": "Cosine",
     "cosine_restarts": "Cosine with restarts", "sdpa": "PyTorch", "xformers": "xformers", "kohya": "kohya", "peft": "PEFT (diffusers)",
-    "fp32": "fp32", "bf16": "bf16", "fp16": "fp16",
+    "fast": "Keep everything", "selective": "Selective", "checkpointing": "Checkpointing", "4bit": "4-bit", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16",
 }  # fmt: skip
 
 # Bounds that a validator checks, so that the schema does not name them.

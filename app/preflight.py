@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -97,11 +97,13 @@ def _read_speed(path: Path, when: float) -> Speed | None:
         measured = next((e for e in reversed(events) if e["type"] == "measured"), None)
         steps = [e for e in events if e["type"] == "step"]
         if measured and not started:  # the steps of a measurement have a folder of their own
-            with (path.parent / "run" / "events.jsonl").open("rb") as file:
-                started = next(e for line in file if (e := json.loads(line))["type"] == "started")
+            inner = [json.loads(line) for line in (path.parent / "run" / "events.jsonl").read_bytes().splitlines()]
+            started = next(e for e in inner if e["type"] == "started")
+            events += inner
         buckets = started["buckets"] if started else []
         area = sum(w * h * n for w, h, n in buckets) / max(1, sum(n for _, _, n in buckets))
-        facts = {k: config["train"][k] for k in ("checkpointing", "dtype", "batch_size")} | {"text_1": config["part"]["text_1"]["train"]}
+        mode = next((e["mode"] for e in reversed(events) if e["type"] == "memory"), "fast")
+        facts = {k: config["train"][k] for k in ("dtype", "batch_size")} | {"text_1": config["part"]["text_1"]["train"], "memory": mode}
         model, family = config["model"]["source"], (started or {}).get("family", forms.families()[0])
         if measured:
             return Speed(model, family, measured["device"], measured["images_per_s"] * area, measured["memory_gib"], facts, True, when,
@@ -116,14 +118,14 @@ def _read_speed(path: Path, when: float) -> Speed | None:
         return None
 
 
-def _alike(speed: Speed, config: TrainConfig, source: str, family: str) -> bool:
-    """Whether a run says something about this one: the same family and the same parts, precision and way to save memory."""
+def _alike(speed: Speed, config: TrainConfig, source: str, family: str, mode: str) -> bool:
+    """Whether a run says something about this one: the same family and the same parts, precision and `mode` of keeping within memory."""
     toy = source == "demo" or Path(source) == models.DEMO
     its_toy = speed.model == "demo" or Path(speed.model) == models.DEMO
     return (
         toy == its_toy
         and speed.family == family
-        and speed.settings["checkpointing"] == config.train.checkpointing
+        and speed.settings["memory"] == mode
         and speed.settings["text_1"] == config.part.text_1.train
         and speed.settings["dtype"] == config.train.dtype
     )
@@ -155,7 +157,8 @@ class _Found:
         disk = shutil.disk_usage(home.root)
         self.answer: dict[str, Any] = {
             "steps": 0, "visits": self.config.train.visits if self.config else 0, "images": len(self.texts), "minutes": None,
-            "minutes_from": "", "memory_gib": None, "memory_free_gib": 0.0, "memory_where": "computer", "disk_gb": 0.0,
+            "minutes_from": "", "memory_gib": None, "memory_free_gib": 0.0, "memory_where": "computer",
+            "memory_mode": "", "disk_gb": 0.0,
             "disk_free_gb": round(disk.free / 1e9, 1), "buckets": [], "preflight": [], "startable": False, "measuring": False,
         }  # fmt: skip
         self.gpu()
@@ -376,7 +379,13 @@ class _Found:
         gpu = gpus[number] if wish.startswith("cuda") and number < len(gpus) else None
         name = choice["name"] if wish == choice["device"] else gpu["name"] if gpu else self.probe["cpu"]["name"] if wish == "cpu" else ""
 
-        alike = [s for s in earlier(self.home) if s.device == name and _alike(s, config, self.draft["model"], self.family)]
+        dtype = config.train.dtype if config.train.dtype != "auto" else choice["dtype"] if wish == choice["device"] else "fp32"
+        rows = min(config.train.batch_size, max(buckets.values()))
+        need = memory.Need(self.table, max(w * h for w, h in buckets), dtype, rows, self.on_cpu, self.t5)
+        known = self.table in memory.TABLES
+        way = memory.choose(config, need, gpu["free_gib"]) if gpu and known else memory.ladder(config, rows)[0]
+
+        alike = [s for s in earlier(self.home) if s.device == name and _alike(s, config, self.draft["model"], self.family, way.mode)]
         measured = next((s for s in alike if s.measured), None)
         runs = [s for s in alike if not s.measured]
         if alike:
@@ -386,59 +395,72 @@ class _Found:
             many = f"{len(runs)} earlier run{'s' if len(runs) > 1 else ''} on this machine"
             self.answer["minutes_from"] = "a measurement" if measured else many
 
-        dtype = config.train.dtype if config.train.dtype != "auto" else choice["dtype"] if wish == choice["device"] else "fp32"
-        rows = min(config.train.batch_size, max(buckets.values()))
-        need = Need(self.table, max(w * h for w, h in buckets), dtype, rows, self.on_cpu, self.t5)
-        known = self.table in memory.TABLES
         if known:
-            self.answer["memory_gib"] = round(max(need.stages(config).values()), 1)
+            self.answer["memory_gib"] = round(memory.peak(config, need, way), 1)
         exact = next((s for s in alike if s.measured and s.memory and s.settings["batch_size"] == config.train.batch_size), None)
         if exact:
             self.answer["memory_gib"] = round(exact.memory + (0 if self.on_cpu else memory.CONTEXT), 1)
         if gpu:
             total = gpu["memory_gib"]
             self.answer |= {"memory_where": "GPU", "memory_free_gib": gpu["free_gib"]}
+            if way.mode != "fast":
+                self.answer["memory_mode"] = memory.MODES[way.mode].title
         else:
             live = machine.live(self.home)
             total = live["memory_gib"]
             self.answer["memory_free_gib"] = live["free_memory_gib"]
         if self.answer["memory_gib"] and self.answer["memory_gib"] > self.answer["memory_free_gib"]:
             self.too_large(config, need if known and not exact else None, total)
-        elif known and gpu and config.train.checkpointing and settings.load(self.home).memory != "low":
-            without = max(need.stages(_with(config, train={"checkpointing": False})).values())
-            if without < 0.9 * self.answer["memory_free_gib"]:
+        elif known and gpu:
+            self.roomier(config, need, way, gpu["free_gib"])
+
+    def roomier(self, config: TrainConfig, need: memory.Need, way: memory.Choice, free: float) -> None:
+        """Say what the GPU's memory has to do with how long the training takes, and with what comes of it."""
+        if config.train.memory == "auto":
+            if way.mode in ("8bit", "4bit"):
+                bits = memory.MODES[way.mode].bits
                 self.say(
                     "info",
-                    f"The GPU has room for training without Save memory, which is about a third faster: about {without:.1f} GiB.",
-                    "train.checkpointing",
+                    f"So that it fits, the frozen model is held in {bits} bits, which changes results a little. A smaller resolution or "
+                    "batch, or a smaller base, would do without.",
+                    "train.memory",
                 )
+            return
+        best = memory.choose(_with(config, train={"memory": "auto"}), need, free)
+        if settings.load(self.home).memory != "low" and list(memory.MODES).index(best.mode) < list(memory.MODES).index(way.mode):
+            self.say(
+                "info",
+                f"The GPU has room for training {memory.MODES[best.mode].title}, which is quicker: set Save memory to Automatic.",
+                "train.memory",
+            )
 
-    def too_large(self, config: TrainConfig, need: Need | None, total: float) -> None:
+    def too_large(self, config: TrainConfig, need: memory.Need | None, total: float) -> None:
         """Say that memory is short, and what would make the training fit. `need` is None where memory was measured."""
         takes, free = self.answer["memory_gib"], self.answer["memory_free_gib"]
         where = "The GPU" if self.answer["memory_where"] == "GPU" else "This computer"
         if takes <= total:  # what is free was read when the machine was looked at, and changes
             said = f"The training takes about {takes:.1f} GiB. {where} has {total:.1f} GiB, of which {free:.1f} were free when it was looked at."
-            return self.say("warning", f"{said} Close other programs that use it.", "train.checkpointing")
-        stages = need.stages(config) if need else {"training": takes}
+            return self.say("warning", f"{said} Close other programs that use it.", "train.memory")
+        way = memory.choose(config, need, total) if need else None
+        stages = memory.stages(config, need, way) if need else {"training": takes}
         when = {"previews": " while it makes sample images", "encoding": " while it encodes the images"}.get(
             max(stages, key=stages.get), ""
         )
         said = f"The training takes about {takes:.1f} GiB{when}, and {where[0].lower()}{where[1:]} has {total:.1f} GiB in all."
         side = config.dataset.resolution or (self.laid.resolution if self.laid else 0)
-        remedies = list(_remedies(config, need.rows if need else config.train.batch_size, side, self.t5))
+        remedies = list(_remedies(config, need, side))
         used: list[Remedy] = []
         for remedy in remedies:
             used.append(remedy)
-            if need is None or need.fits(config, used, total):
+            if need is None or _fits(config, need, used, total):
                 break
         else:
-            least = max(need.stages(config, remedies).values()) if need else takes
+            least = _takes(config, need, remedies, total) if need else takes
             text = f"{said} Even with everything that saves memory it takes about {least:.1f} GiB: choose a smaller base model."
             return self.say("warning", text, "model")
         for remedy in list(used):  # what the later ones make needless
             rest = [r for r in used if r is not remedy]
-            if need and rest and need.fits(config, rest, total):
+            if need and rest and _fits(config, need, rest, total):
                 used = rest
         text = ", and ".join(r.text for r in used)
         return self.say("warning", f"{said} {text[0].upper()}{text[1:]}.", used[0].field)
@@ -479,41 +501,24 @@ class Remedy:
     side: int = 0  # a new resolution, if it is one
 
 
-@dataclass(frozen=True)
-class Need:
-    """What trainer.memory asks of a run beside its configuration."""
-
-    table: str
-    pixels: int
-    dtype: str
-    rows: int
-    cpu: bool
-    t5: bool
-
-    def stages(self, config: TrainConfig, remedies: Sequence[Remedy] = ()) -> dict[str, float]:
-        """GiB of each stage, with the remedies."""
-        pixels, t5 = self.pixels, self.t5
-        for remedy in remedies:
-            config = _with(config, **remedy.changes)
-        if side := next((r.side for r in reversed(remedies) if r.side), 0):
-            pixels = min(pixels, side * side)
-        t5 = t5 and config.model.t5 != "skip"
-        return memory.stages(config, self.table, pixels=pixels, dtype=self.dtype, rows=self.rows, cpu=self.cpu, t5=t5)
-
-    def fits(self, config: TrainConfig, remedies: Sequence[Remedy], total: float) -> bool:
-        return max(self.stages(config, remedies).values()) <= total
+def _takes(config: TrainConfig, need: memory.Need, remedies: Sequence[Remedy], total: float) -> float:
+    """GiB that the training takes on a GPU (or computer) of `total`, with the remedies."""
+    for remedy in remedies:
+        config = _with(config, **remedy.changes)
+    side = next((r.side for r in reversed(remedies) if r.side), 0)
+    need = replace(need, pixels=min(need.pixels, side * side) if side else need.pixels, t5=need.t5 and config.model.t5 != "skip")
+    return memory.peak(config, need, memory.choose(config, need, total))
 
 
-def _remedies(config: TrainConfig, rows: int, side: int, t5: bool) -> Iterator[Remedy]:
+def _fits(config: TrainConfig, need: memory.Need, remedies: Sequence[Remedy], total: float) -> bool:
+    return _takes(config, need, remedies, total) <= total
+
+
+def _remedies(config: TrainConfig, need: memory.Need | None, side: int) -> Iterator[Remedy]:
     """What takes less memory, from what costs the least."""
-    if not config.train.checkpointing:
-        yield Remedy({"train": {"checkpointing": True}}, "switch on Save memory", "train.checkpointing")
-    if config.train.accumulation < rows:
-        yield Remedy({"train": {"accumulation": rows}}, f"cut the batch into {rows} parts", "train.accumulation")
-    small = config.preview.width and config.preview.height and config.preview.width * config.preview.height <= 512 * 512
-    if config.preview.enabled and not small and side > 512:
-        sizes = {"preview": {"width": 512, "height": 512}}
-        yield Remedy(sizes, "make sample images 512 x 512 pixels (Width and Height of sample images)", "preview.width")
+    if config.train.memory != "auto":
+        yield Remedy({"train": {"memory": "auto"}}, "set Save memory to Automatic", "train.memory")
+    t5 = need is not None and need.t5
     if t5 and config.model.t5 == "auto":
         yield Remedy({"model": {"t5": "8bit"}}, "load T5 in 8 bits", "model.t5")
     if t5:

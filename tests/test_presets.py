@@ -75,10 +75,10 @@ def test_more_visits_and_rank_go_at_a_lower_rate(family):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith(("sdxl", "sd3"))])
-def test_large_families_leave_their_text_encoders_alone_and_save_memory(name):
+def test_large_families_leave_their_text_encoders_alone(name):
     config = preset(name)
     assert not config.part.text_1.train and not config.part.text_2.train and config.part.text_1.learning_rate == 1e-5
-    assert config.train.checkpointing and config.train.batch_size == 1
+    assert config.train.memory == "auto" and config.train.batch_size == 1
 
 
 def test_overlays_change_what_they_are_about_and_nothing_else():

@@ -1,4 +1,4 @@
-"""python -m trainer train | caption | compare | generate | serve | inspect | convert | cache | bench | probe"""
+"""python -m trainer train | caption | compare | generate | serve | inspect | convert | cache | bench | fits | probe"""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Terminal:
             eta = timedelta(seconds=round(event["eta_s"]))
             self.say(f"Encoded {event['done']} of {event['total']} {event['what']}, {eta} left")
         elif kind == "step":
-            eta = timedelta(seconds=round(event["eta_s"]))
-            text = f"loss {event['loss']:.4f}, {event['images_per_s']:.2f} images/s, {eta} left"
+            left = "" if event["eta_s"] is None else f", {timedelta(seconds=round(event['eta_s']))} left"
+            text = f"loss {event['loss']:.4f}, {event['images_per_s']:.2f} images/s{left}"
             if self.bar is not None:
                 self.bar.set_postfix_str(text, refresh=False)
                 self.bar.update(event["step"] - self.bar.n)
@@ -87,7 +87,7 @@ class Terminal:
 def _train(args: argparse.Namespace) -> int:
     from trainer import control, run
     from trainer.config.load import load
-    from trainer.run_dir import RunDir, default_run_dir
+    from trainer.run_dir import RunDir, default_run_dir, restart
 
     path = args.config
     if path is None and args.run_dir and RunDir(args.run_dir).config.exists():
@@ -107,7 +107,10 @@ def _train(args: argparse.Namespace) -> int:
     if "source" not in config.model.model_fields_set:
         print(f"Note: {TOY}")
     root = args.run_dir or default_run_dir(config.output.name)
-    outcome, folder = run.train(config, root, resume=args.resume, visits=args.visits, show=terminal)
+    try:
+        outcome, folder = run.train(config, root, resume=args.resume, visits=args.visits, show=terminal, afresh=True)
+    except run.Again:
+        return restart("-m", "trainer", "train", "--run-dir", str(root), "--resume")
     if not terminal.total:  # of several processes, the first one speaks
         return 0
     if outcome == "stopped":
@@ -118,9 +121,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _dry_run(config: Any, as_json: bool) -> int:
-    from trainer import families, plan, run
+    from trainer import families, imports, plan, run
     from trainer.hardware import choose
 
+    imports.light()
     hardware = choose(config.train.device, config.train.dtype, config.train.attention)
     ready = run.prepare(config, lambda text: print(text, file=sys.stderr))  # stdout may be JSON
     laid, total = ready.plan, len(ready.plan.steps)
@@ -193,6 +197,18 @@ def _probe(args: argparse.Namespace) -> int:
     from trainer.hardware import probe
 
     print(json.dumps(probe(), indent=1, ensure_ascii=False))
+    return 0
+
+
+def _fits(args: argparse.Namespace) -> int:
+    from trainer import memory
+
+    if args.gib is None:
+        print(memory.table_of_cards())
+        return 0
+    for (base, side), fit in zip(memory.BASES.values(), memory.fits(args.gib), strict=True):
+        how = f"{memory.MODES[fit.mode].title}, about {fit.gib:.1f} GiB, a step {fit.cost:.1f} x as long" if fit else "does not fit"
+        print(f"{base} at {side} px: {how}")
     return 0
 
 
@@ -401,6 +417,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="set the figures against those of an older --json")
     p.set_defaults(call=_bench)
+
+    p = commands.add_parser("fits", help="which bases train in how much memory, and how: a table by card")
+    p.add_argument("gib", nargs="?", type=float, help="free memory of a GPU in GiB, for this alone")
+    p.set_defaults(call=_fits)
 
     p = commands.add_parser("probe", help="print this machine's hardware and versions as JSON")
     p.set_defaults(call=_probe)

@@ -16,37 +16,42 @@ from trainer.families.sources import DEMO
 
 
 def load(
-    source: Path, family: Family, dtype: torch.dtype, device: torch.device, model: ModelConfig, attention: str = "sdpa", bits: int = 16
+    source: Path,
+    family: Family,
+    dtype: torch.dtype,
+    device: torch.device,
+    model: ModelConfig,
+    attention: str = "sdpa",
+    bits: int = 16,
+    parked: bool = False,
 ) -> Models:
     """The base at `source`, frozen, with `model.merge` merged into it; `models.notes` has sentences on what was done.
 
-    `bits` 8 or 4: the large weights of the denoiser and of T5 are packed (trainer.lean.narrow) after the merging, one at a time on the
-    device, and all models wait on the CPU until they are borrowed or fetched.
+    `parked`: all models wait on the CPU until they are borrowed or fetched, as they always do with `bits` 8 or 4: then the large weights of
+    the denoiser and of T5 are packed (trainer.lean.narrow) after the merging, one at a time on the device.
     Raises ValueError for settings that contradict the base, and for a LoRA that does not fit it.
     """
     from trainer.tools.inspect import read_lora
 
-    models = family.load(source, dtype, device if bits == 16 else torch.device("cpu"), model, attention)
+    parked = parked or bits < 16
+    models = family.load(source, dtype, torch.device("cpu") if parked else device, model, attention)
     for entry in model.merge:
         try:
             models.notes += merge(models.parts, read_lora(entry.file)[1], entry.strength)
         except ValueError as error:
             raise ValueError(f"model.merge names {entry.file}: {error}") from None
     if bits < 16:
-        _pack(models, bits, device)
+        from trainer.lean import narrow
+
+        for name in ("unet", *models.frozen):
+            narrow.pack_layers(models.module(name), bits, device, home=torch.device("cpu"))
+        models.bits = bits
+    if parked:
+        models.device = device
+        if models.alphas_cumprod is not None:
+            models.alphas_cumprod = models.alphas_cumprod.to(device)
+        models.park(*models.parts, *models.frozen, "vae")
     return models
-
-
-def _pack(models: Models, bits: int, device: torch.device) -> None:
-    """Pack the models, all of which are on the CPU, and have `device` as the one that they will work on."""
-    from trainer.lean import narrow
-
-    for name in ("unet", *models.frozen):
-        narrow.pack_layers(models.module(name), bits, device, home=torch.device("cpu"))
-    models.device, models.bits = device, bits
-    if models.alphas_cumprod is not None:
-        models.alphas_cumprod = models.alphas_cumprod.to(device)
-    models.park(*models.parts, *models.frozen, "vae")
 
 
 def measure(source: Path, family: Family, models: Models, latents: torch.Tensor | None = None) -> str:

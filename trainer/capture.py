@@ -1,13 +1,14 @@
 """The step as CUDA graphs: a whole step is launched at once, so that the GPU does not wait for the host's launches.
 
 A graph holds one static key: the shapes of a batch, the parts that are trained. Its inputs are copied into the tensors that it was
-captured with; draws come from the step's generator, which is registered with the graph and seeded before each replay. All graphs share
-one memory pool. The first step of each key runs eagerly, which makes the optimizer's state and compiles kernels, and counts.
+captured with; draws come from the step's generator, which is registered with the graph and seeded before each replay. Of several
+processes each replays two graphs, before and after the sum over all. All graphs share one memory pool. The first step of each key runs eagerly, which makes the optimizer's state and compiles kernels, and counts.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -22,8 +23,6 @@ def why_not(step: Step) -> str | None:
         return f"CUDA graphs need an NVIDIA or AMD GPU, this run is on {step.models.device.type}"
     if torch.version.hip:
         return "CUDA graphs are untried with ROCm"
-    if step.reduce:
-        return "gradients are reduced over several processes"
     if not all(group.get("capturable") for group in step.optimizer.param_groups):
         return f"the optimizer {step.config.optimizer.kind} works on the host between its kernels"
     if step.config.adapter.dropout:
@@ -53,7 +52,7 @@ def _static(value: Any) -> Any:
 
 @dataclass
 class _Graph:
-    graph: Any
+    graphs: list[Any]
     inputs: list[torch.Tensor]
     total_weight: torch.Tensor
 
@@ -63,10 +62,11 @@ class Captured:
 
     Attributes:
         replays: how many steps were replayed.
+        capturing: whether a graph is being captured; still so after a capture that failed.
     """
 
     def __init__(self, step: Step) -> None:
-        self.step, self.replays = step, 0
+        self.step, self.replays, self.capturing = step, 0, False
         self._graphs: dict[tuple, _Graph | None] = {}
         self._pool: Any = None
 
@@ -85,22 +85,35 @@ class Captured:
         found = self._graphs[kind]
         torch._foreach_copy_(found.inputs, tensors)
         found.total_weight.fill_(total_weight)
-        found.graph.replay()
+        for graph in found.graphs:
+            if graph is not found.graphs[0]:
+                step.exchange(n)
+            graph.replay()
         self.replays += 1
 
     def _capture(self, n: int, batch: Batch, slots: Slots) -> _Graph:
         gc.collect()
         torch.cuda.empty_cache()
-        own = _static(batch)
-        found = _Graph(torch.cuda.CUDAGraph(), leaves(own), torch.ones((), device=self.step.models.device))
-        found.graph.register_generator_state(self.step.generator)
-        with torch.cuda.graph(found.graph, pool=self._pool):
-            self.step.work(n, own, slots, found.total_weight, None)
-        self._pool = self._pool or found.graph.pool()
+        step, own = self.step, _static(batch)
+        found = _Graph([], leaves(own), torch.ones((), device=step.models.device))
+        pieces: list[Callable[[], None]] = [lambda: step.work(n, own, slots, found.total_weight, None)]
+        if step.reduce:  # what is sent between the processes stays outside
+            pieces = [lambda: step.compute(n, own, slots, found.total_weight, None), lambda: step.update(n)]
+        self.capturing = True
+        for piece in pieces:
+            graph = torch.cuda.CUDAGraph()
+            if not found.graphs:
+                graph.register_generator_state(step.generator)
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):  # NCCL watches from a thread of its own
+                piece()
+            self._pool = self._pool or graph.pool()
+            found.graphs.append(graph)
+        self.capturing = False
         return found
 
     def release(self) -> None:
         """Give the graphs' memory back; they are captured anew when they are needed."""
+        self.step.wait()  # their memory is unmapped at once, also while a replay still uses it
         self._graphs.clear()
         self._pool = None
         gc.collect()

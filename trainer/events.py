@@ -9,7 +9,9 @@ Every event has `v` (this format's version, 1), `seq` (counts up by 1, also acro
     stage        name: loading | encoding | training | exporting
     progress     what: images | captions, done, total, eta_s: of what is encoded, once a second at most
     warning      text
-    step         step, loss (mean since the last such event), rate {part: learning rate}, images_per_s, eta_s, epoch (visits so far),
+    memory       mode (of trainer.memory.MODES), accumulation: how the steps keep within the GPU's memory from here on
+    step         step, loss (mean since the last such event), rate {part: learning rate}, images_per_s, eta_s (seconds that are left, null
+                 in the first 20 steps of all but short runs), epoch (visits so far),
                  memory_gib (CUDA: most of the GPU's memory since the last such event; else the process's now)
     validation   step, train (loss), held_out (loss or null)
     preview      step, images [file names], prompts

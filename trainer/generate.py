@@ -1,4 +1,4 @@
-"""Pictures from a base with or without a LoRA, by diffusers' own pipeline and LoRA loader: what other tools will show."""
+"""Pictures from a base with or without a LoRA, the file read by diffusers' own loader: what other tools will show."""
 
 from __future__ import annotations
 

@@ -14,11 +14,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("fp32", "bf16", "fp16")
 ATTENTIONS = ("sdpa", "xformers")
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow", "xformers", "bitsandbytes", "prodigyopt")
 GIB = 2**30
+CONTEXT = 0.5  # GiB that a process's CUDA context takes; measured on an H200
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def choose(device: str = "auto", dtype: str = "auto", attention: str = "sdpa") -
 
 
 def probe() -> dict:
-    """What this machine has, JSON-able; sizes in GiB. `choice` is choose() as a dict, `slow` a list of sentences. Imports torch."""
+    """What this machine has, JSON-able; sizes in GiB. `choice` is choose() as a dict, `fits` and `slow` lists of sentences. Imports torch."""
     import psutil
     import torch
 
@@ -65,8 +67,21 @@ def probe() -> dict:
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
         "choice": asdict(choice),
     }
+    found["fits"] = _fits(found["gpus"])
     found["slow"] = slow(found)
     return found
+
+
+def _fits(gpus: list[dict]) -> list[str]:
+    """Sentences on which bases train on each GPU, and how."""
+    from trainer import memory
+
+    said = []
+    for number, gpu in enumerate(gpus):
+        for (base, side), fit in zip(memory.BASES.values(), memory.fits(gpu["free_gib"]), strict=True):
+            how = f"{memory.MODES[fit.mode].title}, about {fit.gib:.1f} GiB" if fit else "does not fit"
+            said.append(f"cuda:{number}: {base} at {side} px {how}")
+    return said
 
 
 def slow(found: dict) -> list[str]:
@@ -95,6 +110,36 @@ def slow(found: dict) -> list[str]:
             f"Only {found['disk_free_gib']:.1f} GiB of disk are free: a base model takes 2 to 7 GB, a run with checkpoints up to 1 GB."
         )
     return said
+
+
+def free_gib(device: Any) -> float | None:
+    """GiB of a CUDA device that this process may have in all: what is free, and what it holds without need; None on other devices.
+
+    Its own context, which trainer.memory counts too, stands in it by its usual size.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return None
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + idle) / GIB + CONTEXT
+
+
+def spills() -> bool:
+    """Whether the driver lends the GPU the computer's memory when its own is full, which is many times slower, instead of failing."""
+    return sys.platform == "win32" or Path("/dev/dxg").exists()  # the latter in WSL
+
+
+def cap(device: Any, margin: float = 0.2) -> None:
+    """Where the driver `spills`, let this process take no more of a CUDA device than what is free now, less `margin` GiB: beyond it torch
+    raises OutOfMemoryError, and the run goes on in a smaller way."""
+    import torch
+
+    if device.type != "cuda" or not spills():
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    own = torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.05, (free + own - margin * GIB) / total)), device)
 
 
 # ---- device -----------------------------------------------------------------------------------------------------------------------
@@ -221,7 +266,7 @@ def _gpus() -> list[dict]:
             {
                 "name": torch.cuda.get_device_name(i),
                 "memory_gib": round(total / GIB, 1),
-                "free_gib": round(free / GIB, 1),
+                "free_gib": round(min(free / GIB + CONTEXT, total / GIB), 1),  # this process ends
                 "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability(i)),
                 "bf16": _has_bf16(f"cuda:{i}"),
             }

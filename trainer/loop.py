@@ -15,6 +15,7 @@ from trainer import control
 from trainer.course import Course
 from trainer.data.store import Store
 from trainer.events import Writer
+from trainer.pace import Pace
 from trainer.plan import TooShort, factor
 from trainer.processes import Processes
 from trainer.run_dir import RunDir
@@ -31,11 +32,13 @@ class Diverged(RuntimeError):
 class Hooks:
     """What the loop does beside stepping; each takes the number of completed steps.
 
-    `change` also takes {"visits" or "prompts": what a request asks for}; it raises plan.TooShort for a length that leaves nothing to do.
+    `preview` makes sample images that were asked for; `look` is for those of the schedule, which it may leave out. `change` also takes
+    {"visits" or "prompts": what a request asks for}; it raises plan.TooShort for a length that leaves nothing to do.
     """
 
     validate: Callable[[int], None]
     preview: Callable[[int], None]
+    look: Callable[[int], None]
     checkpoint: Callable[[int], None]
     export: Callable[[int], None]
     change: Callable[[int, dict[str, Any]], None]
@@ -50,6 +53,7 @@ def fit(
     run: RunDir,
     emit: Writer | Callable[..., object],
     hooks: Hooks,
+    pace: Pace,
     start: int,
     interrupted: Callable[[], bool],
 ) -> tuple[str, int]:
@@ -59,7 +63,7 @@ def fit(
     Raises Diverged when a loss that is read is not finite.
     """
     done_images = sum(len(rows) for rows in course.plan.steps[:start])
-    since_images, since_step, since_time = 0, start, time.perf_counter()
+    since_images, since_step = 0, start
     memory = _memory_reader(step.models.device)
 
     @cache
@@ -67,7 +71,7 @@ def fit(
         rows = processes.rows(batch, course.config.train.accumulation)
         return [(torch.tensor(index, device=step.models.device), torch.tensor(valid, device=step.models.device)) for index, valid in rows]
 
-    n = start
+    step.done = n = start
     while n < course.total:
         # 1. what somebody asked for
         if processes.size == 1 or n % EVENTS_EVERY == 0:
@@ -75,7 +79,7 @@ def fit(
             requests, stop = processes.agree((control.take(run) if processes.main else [], interrupted()))
             for request, detail in _heed(requests, n, hooks):
                 emit("answered", request=request.kind, id=request.id, step=n, detail=detail)
-            since_time += time.perf_counter() - pause
+            pace.pause(time.perf_counter() - pause)
             if stop or any(r.kind == "stop" for r in requests):
                 return "stopped", n
 
@@ -84,39 +88,43 @@ def fit(
         run_step(n, store.batch(n), micro_rows(len(rows)), store.total_weight[n], factor(config, n, total), str(processes.rank))
         done_images += len(rows)
         since_images += len(rows)
-        done = n + 1
+        step.done = done = n + 1
 
         # 3. what is due
+        due = (
+            ("validation", course.due.validation, hooks.validate),
+            ("preview", course.due.preview, hooks.look),
+            ("save", course.due.save, hooks.export),
+            ("checkpoint", course.due.checkpoint, hooks.checkpoint),
+        )
         if done % EVENTS_EVERY == 0 or done == total or n == start:
             loss = step.read_loss(done - since_step)
             if loss != loss or loss in (float("inf"), float("-inf")):
                 raise Diverged(f"The loss is not a number any more after step {done}.")
-            seconds = time.perf_counter() - since_time
+            seconds = pace.lap(done)
             rates = {part: step.peak[part] * factor(config, n, total) for part in step.active(n)}
+            left = pace.left(done, total, {name: times for name, times, _ in due})
             emit(
                 "step",
                 step=done,
                 loss=round(loss, 6),
                 rate={k: float(f"{v:.4g}") for k, v in rates.items()},
                 images_per_s=round(since_images / seconds, 3),
-                eta_s=round(seconds / (done - since_step) * (total - done), 1),
+                eta_s=left and round(left, 1),
                 epoch=round(done_images / len(course.plan.images), 2),
                 memory_gib=round(memory() / 2**30, 3),
             )
-            since_images, since_step, since_time = 0, done, time.perf_counter()
-        due = (
-            (course.due.validation, hooks.validate),
-            (course.due.preview, hooks.preview),
-            (course.due.save, hooks.export),
-            (course.due.checkpoint, hooks.checkpoint),
-        )
-        if done < total and any(done in times for times, _ in due):
+            since_images, since_step = 0, done
+            if text := pace.spilled(done):
+                emit("warning", text=text)
+        if done < total and any(done in times for _, times, _ in due):
             step.wait()  # so that a hook's time is its own
-            pause = time.perf_counter()
-            for times, hook in due:
+            for name, times, hook in due:
                 if done in times:
+                    begun = time.perf_counter()
                     hook(done)
-            since_time += time.perf_counter() - pause
+                    pace.hooks[name] = time.perf_counter() - begun
+                    pace.pause(pace.hooks[name])
         n = done
     return "finished", n
 

@@ -228,6 +228,7 @@ def factor(config: TrainConfig, n: int, total: int) -> float:
 
 TIMES = 8  # what is done along the way comes so often over a run, its end included
 LEAST = 5  # steps between two such times
+PREVIEW_SHARE = 0.1  # of a run's time that previews take at most where their interval is None
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,16 @@ def due(config: TrainConfig, total: int) -> Due:
         save=times(config.output.save_every),
         checkpoint=times(config.output.checkpoint_every),
     )
+
+
+def spares(spent: float, cost: float, each: float, step: int, total: int) -> bool:
+    """Whether a run of `total` steps can spare the time for a preview after `step` of them.
+
+    `spent`: seconds that previews along the way took so far; `cost`: of the last one; `each`: of a step without them. All of a run's
+    previews together take PREVIEW_SHARE of its time at most, spread evenly; only those of its start and end are made in any case.
+    """
+    whole = PREVIEW_SHARE / (1 - PREVIEW_SHARE) * each * total
+    return spent + cost <= min((whole - cost) * step / total, whole - 2 * cost)
 
 
 PARTS = {"unet": "UNet", "text_1": "text encoder", "text_2": "second text encoder"}

@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import functools
 import gc
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Container, Iterator
-from importlib import metadata as packages
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from trainer import control, course, events, plan, randomness
+from trainer import control, course, events, imports, memory, plan, randomness
 from trainer.config import TrainConfig
+from trainer.data.scan import scan
 from trainer.families import sources
 from trainer.formats import probe
-from trainer.hardware import Hardware, choose
+from trainer.hardware import Hardware, cap, choose, free_gib
 from trainer.run_dir import Lock, RunDir, RunError, write_atomic, write_json
 
 # Two runs are the same for resuming when they differ in nothing but these: what is looked at, not what is learnt.
@@ -52,6 +53,14 @@ def prepare(config: TrainConfig, say: Callable[[str], None], resumed: bool = Fal
     return Prepared(config, path, family, plan.make(config, families.get(family).native_resolution(path, config.model.prediction), family))
 
 
+class Again(Exception):
+    """The run in `root` is to be resumed in a fresh process: the memory ran out in a way that spoils this one."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(str(root))
+        self.root = root
+
+
 def train(
     config: TrainConfig,
     root: Path,
@@ -60,14 +69,21 @@ def train(
     visits: int | None = None,
     show: Callable[[dict[str, Any]], None] = lambda event: None,
     stopping: Callable[[], bool] = lambda: False,
+    afresh: bool = False,
 ) -> tuple[str, RunDir]:
     """Train in the folder `root`. Returns ("finished" or "stopped", the folder); `show` sees every event.
 
     `visits` gives a resumed run a new total length: one that had finished goes on past its end, at the learning rate that the
     schedule has there over the new total; the LoRA of the earlier end stays as NAME-<step>.safetensors. `stopping` is asked
-    before each step.
+    before each step. Where the GPU's memory runs out, the run goes on in the next smaller of trainer.memory.MODES; `afresh`: by raising
+    Again where a failed capture may have spoilt this process.
     Raises ValueError with a sentence for anything that the user can mend; it also stands in the run's `failed` event.
     """
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(scan, config.data)  # it remembers good images; what is wrong `prepare` finds again
+        imports.light()
+    import torch
+
     from trainer.processes import Processes
 
     run, started = RunDir(root), time.time()
@@ -98,7 +114,24 @@ def train(
             _keep_awake(awake)
         processes.barrier()
         try:
-            outcome, step = _train(config, run, hardware, processes, emit, resume, visits, interrupted)
+            room = _Room(config, run if resume else None)
+            room.choice = processes.agree(room.choice)
+            while True:
+                try:
+                    outcome, step = _train(config, run, hardware, processes, emit, resume, visits, interrupted, room)
+                    break
+                except torch.OutOfMemoryError:
+                    if processes.size > 1 or not room.shrink(emit):
+                        raise
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize(hardware.device)  # before the memory of its graphs is unmapped
+                gc.collect()  # what the attempt held goes with its frames, which are free only now
+                torch.cuda.empty_cache()
+                if afresh and room.spoilt:
+                    raise Again(run.root)
+                resume, visits = True, None
+        except Again:
+            raise
         except Exception as error:
             text = _explain(error)
             with contextlib.suppress(OSError):  # on a full disk the log cannot grow either; what is raised says it all
@@ -117,6 +150,59 @@ def train(
         lock.release()
 
 
+class _Room:
+    """How a run keeps within the GPU's memory, from one attempt to the next.
+
+    Attributes:
+        choice: that of the current attempt; None until `settle`; why: in a sentence. done: steps that a resumable checkpoint holds, of those made.
+        spoilt: whether the memory ran out while a graph was captured.
+    """
+
+    def __init__(self, config: TrainConfig, resumed: RunDir | None) -> None:
+        self.config, self.done, self.spoilt, self.why = config, 0, False, ""
+        self.choice: memory.Choice | None = None
+        self.rest: list[memory.Choice] = []
+        if resumed:  # as it was, so that a resumed run computes as it would have
+            told = [e for e in events.read(resumed.events) if e["type"] == "memory"]
+            self.choice = memory.Choice(told[-1]["mode"], told[-1]["accumulation"]) if told else None
+
+    def settle(self, need: memory.Need, free: float | None, emit: Callable[..., Any]) -> TrainConfig:
+        """Choose for `free` GiB (None: no GPU) unless it is chosen; returns the configuration with the choice."""
+        choices = memory.ladder(self.config, need.rows)
+        if self.choice is None:
+            self.choice = choices[0] if free is None else memory.choose(self.config, need, free)
+            if free is not None and self.config.train.memory == "auto" and self.choice != choices[0]:
+                emit("warning", text=f"{free:.1f} GiB of the GPU's memory are free, so the training goes {self.words()}.")
+        if free is not None:
+            self.choice = memory.settle(self.config, need, self.choice, free)
+            about = memory.training(self.config, need, self.choice)
+            self.why = f"Training {self.words()}: about {about:.1f} of the {free:.1f} GiB that are free on the GPU."
+        own = self._rank(self.choice)
+        self.rest = [c for c in choices if self._rank(c) > own]
+        more = {"memory": self.choice.mode, "accumulation": self.choice.accumulation}
+        return self.config.model_copy(update={"train": self.config.train.model_copy(update=more)})
+
+    @staticmethod
+    def _rank(choice: memory.Choice) -> tuple[int, int]:
+        return list(memory.MODES).index(choice.mode), choice.accumulation
+
+    def shrink(self, emit: Callable[..., Any]) -> bool:
+        """Take the next smaller choice and say so; False where there is none."""
+        if not self.rest:
+            return False
+        self.choice = self.rest[0]
+        emit("warning", text=f"The GPU's memory ran out after step {self.done}. The run goes on {self.words()}.")
+        emit("memory", mode=self.choice.mode, accumulation=self.choice.accumulation)
+        return True
+
+    def words(self) -> str:
+        assert self.choice is not None
+        cut = (
+            f", its batches cut into {self.choice.accumulation} parts" if self.choice.accumulation > self.config.train.accumulation else ""
+        )
+        return memory.MODES[self.choice.mode].title + cut
+
+
 def _train(
     config: TrainConfig,
     run: RunDir,
@@ -126,18 +212,26 @@ def _train(
     resume: bool,
     visits: int | None,
     interrupted: Callable[[], bool],
+    room: _Room,
 ) -> tuple[str, int]:
+    import torch
+
     started = time.time()
     if hardware.warning:
         emit("warning", text=hardware.warning)
+    device = processes.device if processes.size > 1 else torch.device(hardware.device)
 
     # 1. the data, and the run on paper
     emit("stage", name="loading")
     last = run.last_checkpoint() if resume else None
-    start = last[0] if last else 0
+    room.done = start = last[0] if last else 0
     ready = prepare(config, lambda text: emit("warning", text=text), resumed=last is not None)
     for text in ready.plan.warnings:
         emit("warning", text=text)
+    cap(device)
+    need = _need(ready, hardware.dtype, device, processes.size)
+    config = room.settle(need, processes.agree(free_gib(device)), emit)
+    mode = memory.MODES[config.train.memory]
     now = course.Course(config, ready.plan)
     told = processes.agree(course.changes(events.read(run.events)) if resume and processes.main else [])
     longer = [{"step": start, "visits": visits}] if visits else []
@@ -157,34 +251,33 @@ def _train(
         buckets=[[w, h, n] for (w, h), n in ready.plan.buckets().items()],
         device=hardware.name,
         dtype=hardware.dtype,
-        reasons=list(hardware.reasons),
+        reasons=[*hardware.reasons, *([room.why] if room.why else [])],
         family=ready.family,
         resolution=ready.plan.resolution,
         visits=now.config.train.visits,
         batch_size=config.train.batch_size,
         schedule=plan.describe_schedule(config, ready.family),
     )
+    emit("memory", mode=config.train.memory, accumulation=config.train.accumulation)
 
     # 2. the base, frozen (these imports take seconds: only now)
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    from trainer import adapters, bases, capture, checkpoints, families, optimizers, preview, tape, validation
+    from trainer import adapters, bases, capture, checkpoints, families, lean, optimizers, preview, tape, validation
     from trainer.data.cache import Cache
     from trainer.data.store import Store
     from trainer.formats import kohya
     from trainer.formats.export import export
     from trainer.loop import Diverged, Hooks, fit
+    from trainer.pace import Pace
+    from trainer.pace import limit as limit_of
     from trainer.step import Step
 
     if config.train.reproducible:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
-    device = processes.device if processes.size > 1 else torch.device(hardware.device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[hardware.dtype]
     family = families.get(ready.family)
-    models = bases.load(ready.source, family, dtype, device, config.model, config.train.attention)
+    models = bases.load(ready.source, family, dtype, device, config.model, config.train.attention, mode.bits, room.choice.parked)
     models.windows, models.weighted = config.dataset.text_windows, config.dataset.prompt_weights
     for text in models.notes:
         emit("warning", text=text)
@@ -209,6 +302,9 @@ def _train(
     measures = _measures(config, ready.plan, store, trained, validation) if config.validation.enabled else {}
     if processes.main:
         cache.prune()
+    previews = preview.Previews(config, family, models, trained, next(iter(ready.plan.buckets())), run, lambda t: emit("warning", text=t))
+    if processes.main:
+        previews.read(now.prompts)
     models.park("vae", *(p for p in models.text if p not in store.text.live))
     models.fetch("unet", *store.text.live)
 
@@ -223,9 +319,7 @@ def _train(
     adapter.train(True)
     for text in adapter.notes:
         emit("warning", text=text)
-    if config.train.checkpointing:
-        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=config.adapter.dropout > 0)
-        models.parts["unet"].enable_gradient_checkpointing(again)
+    lean.recompute(models.parts["unet"], mode.again, keep_random=config.adapter.dropout > 0)
     groups = [
         {"params": params, "lr": trained[name].learning_rate * rate, "part": name}
         for name in trained
@@ -234,6 +328,9 @@ def _train(
     optimizer = optimizers.build(config.optimizer, groups, device)
     reduce = processes.reduce if processes.size > 1 else None
     step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
+    reason = capture.why_not(step)
+    runner = capture.Captured(step) if not reason else step if tape.why_not(step) else tape.Taped(step)
+    previews.adapter, previews.sampler.room = adapter, getattr(runner, "release", None)
     objects = {"adapter": adapter, "optimizer": checkpoints.OptimizerState(optimizer)} | ({"loss_scale": step.scale} if step.scale else {})
     if last:
         checkpoints.load_checkpoint(last[1], objects)
@@ -243,12 +340,17 @@ def _train(
         emit("changed", **change)
 
     # 5. what happens beside the steps
-    biggest = next(iter(ready.plan.buckets()))
-
     def do_preview(n: int) -> None:
-        if processes.main:
-            images = preview.make(config, family, models, adapter, now.prompts, biggest, run, n)
-            emit("preview", step=n, images=images, prompts=list(now.prompts))
+        if not processes.main:
+            return
+        try:
+            emit("preview", step=n, images=previews.make(now.prompts, n), prompts=list(now.prompts))
+        except torch.OutOfMemoryError:
+            emit("warning", text=f"The GPU's memory is too full for sample images after step {n}. The training goes on without them.")
+
+    def do_look(n: int) -> None:
+        if processes.main and previews.due(n, now.total):
+            do_preview(n)
 
     def do_validate(n: int) -> None:
         if measures and processes.main:
@@ -297,12 +399,19 @@ def _train(
         do_validate(0)
         if config.preview.enabled:
             do_preview(0)
-    hooks = Hooks(do_validate, do_preview, do_checkpoint, do_export, do_change)
-    reason = capture.why_not(step)
+    hooks = Hooks(do_validate, do_preview, do_look, do_checkpoint, do_export, do_change)
     if reason and device.type == "cuda":
         emit("warning", text=f"The steps run without CUDA graphs, which is slower: {reason}.")
-    runner = capture.Captured(step) if not reason else step if tape.why_not(step) else tape.Taped(step)
-    outcome, n = fit(now, store, step, runner.run, processes, run, emit, hooks, start, interrupted)
+    previews.begin(start)
+    t = memory.TABLES[need.table]
+    limit = limit_of(device, t.tflop * need.rows * need.pixels / t.native**2, hardware.dtype)
+    try:
+        outcome, n = fit(now, store, step, runner.run, processes, run, emit, hooks, Pace(start, limit), start, interrupted)
+    except torch.OutOfMemoryError:
+        room.done, room.spoilt = step.done, getattr(runner, "capturing", False)
+        if processes.main and (room.spoilt or not step.updating):  # while a graph is captured, nothing is computed
+            do_checkpoint(step.done)
+        raise
 
     # 7. keep it
     emit("stage", name="exporting")
@@ -321,6 +430,16 @@ def _train(
             do_preview(n)
     processes.barrier()
     return outcome, n
+
+
+def _need(ready: Prepared, dtype: str, device: Any, processes: int) -> memory.Need:
+    from trainer.formats import single_file
+
+    table = "demo" if ready.source == sources.DEMO else probe.identify(ready.source).variant or ready.family
+    rows = -(-max(map(len, ready.plan.steps)) // processes)
+    t5 = ready.family == "sd3" and single_file.uses_t5(ready.source, ready.config.model.text_encoders, ready.config.model.t5)
+    table = table if table in memory.TABLES else "sd35_medium"
+    return memory.Need(table, max(w * h for w, h in ready.plan.buckets()), dtype, rows, device.type == "cpu", t5)
 
 
 def _measures(config: TrainConfig, laid: plan.Plan, store: Any, trained: Container[str], validation: Any) -> dict[str, Any]:
@@ -472,7 +591,7 @@ def _check_folder(config: TrainConfig, run: RunDir, resume: bool, visits: int | 
         run.events.unlink(missing_ok=True)  # of a run that failed before its first step: mended settings may start in its folder
     write_json(run.config, config.model_dump(mode="json"))
     names = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow")
-    write_json(run.versions, {name: packages.version(name) for name in names})
+    write_json(run.versions, {name: imports.version(name) for name in names})
 
 
 def _check_end(config: TrainConfig, run: RunDir, visits: int | None) -> None:
@@ -531,13 +650,15 @@ def _explain(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "The disk is full. Free some space, then run again with --resume."
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and re.search(r"gloo|NCCL", str(error))):
+        return "Another process of this run ended or cannot be reached, so that it cannot go on. Run again with --resume."
     if isinstance(error, Diverged):
         return f"{error} Start anew with a lower learning rate, with train.max_grad_norm = 1, or with train.dtype = bf16 or fp32."
     if isinstance(error, torch.OutOfMemoryError):
         gc.collect()
         return (
-            "The GPU's memory is full. Set train.checkpointing = true, raise train.accumulation, or lower dataset.resolution; "
-            "other programs may be using it too."
+            "The GPU's memory is full, even with everything that saves it. Lower dataset.resolution, train.batch_size or adapter.rank, or "
+            "choose a smaller base; other programs may be using it too."
         )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         return "The computer's memory is full. Close other programs, or lower train.batch_size or dataset.resolution."

@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +147,17 @@ class Lock:
         if self.file:
             self.file.close()
             self.file = None
+
+
+def restart(*arguments: str) -> int:
+    """Go on as a fresh Python process with these arguments, in this one's place. On Windows, which has no such thing, this one waits for it;
+    returns its exit code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, *arguments]
+    if os.name == "nt":
+        return os.spawnv(os.P_WAIT, sys.executable, [f'"{a}"' if " " in a else a for a in command])
+    os.execv(sys.executable, command)
 
 
 def is_alive(run: RunDir) -> bool:

@@ -96,6 +96,9 @@ class Step:
     Args:
         rates: peak learning rate of each trained part; stops: the first step that no longer trains it.
         reduce: sums a list of tensors over all processes, in place.
+
+    Attributes:
+        done: completed steps, as the loop counts them; updating: whether the optimizer is at work, so that the weights are of no step.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Step:
     ) -> None:
         self.config, self.family, self.models, self.adapter, self.optimizer = config, family, models, adapter, optimizer
         self.stops, self.reduce = stops, reduce
+        self.done, self.updating = 0, False
         self.generator = torch.Generator(models.device)
         self.scale = LossScale(models.device) if fp16 else None
         self.loss = torch.zeros((), device=models.device)  # of the current step, then of all steps since it was read
@@ -165,12 +169,17 @@ class Step:
 
     def work(self, n: int, batch: Batch, slots: Slots, total_weight: torch.Tensor, key: str | None) -> None:
         """What the device does for a step that is arranged. `key` None: no dropout, so that nothing else is drawn."""
+        self.compute(n, batch, slots, total_weight, key)
+        self.exchange(n)
+        self.update(n)
+
+    def compute(self, n: int, batch: Batch, slots: Slots, total_weight: torch.Tensor, key: str | None) -> None:
+        """The gradients of this process's rows."""
         draws = self.draw(batch.mean.shape)
         for k, (index, valid) in enumerate(slots):
             if key is not None:
                 torch.manual_seed(randomness.key(self.config.train.seed, n, f"default {key} {k}"))
             self.grads(n, batch.rows(index, valid), draws.rows(index), total_weight)
-        self.update(n)
 
     def grads(self, n: int, batch: Batch, draws: Draws, total_weight: torch.Tensor | float) -> None:
         """Add the gradient of sum(weight * loss) / `total_weight` over these rows."""
@@ -186,22 +195,30 @@ class Step:
         if self.weights:
             self.weights.collect()
 
-    def update(self, n: int) -> None:
-        """Reduce, unscale, clip and step."""
-        params = [p for part in self.active(n) for p in self.adapter.parameters(part)]
-        grads = [self.weights.grad] if self.weights else [p.grad for p in params]  # of stopped parts they are zero
+    def exchange(self, n: int) -> None:
+        """Sum gradients and loss over the processes."""
         if self.reduce:
-            self.reduce([*grads, self.loss])
+            self.reduce([*self._gradients(n), self.loss])
+
+    def _gradients(self, n: int) -> list[torch.Tensor]:
+        """What the parts of step `n` have for gradients, in few tensors; those of stopped parts are zero."""
+        return [self.weights.grad] if self.weights else [p.grad for part in self.active(n) for p in self.adapter.parameters(part)]
+
+    def update(self, n: int) -> None:
+        """Unscale, clip and step."""
+        params, grads = [p for part in self.active(n) for p in self.adapter.parameters(part)], self._gradients(n)
         if self.scale:
             torch._foreach_div_(grads, self.scale.scale)
         limit = self.config.train.max_grad_norm
         norm = torch.nn.utils.get_total_norm(grads) if limit or self.scale else None
         if limit:
             torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
+        self.updating = True
         if self.scale:
             self._step_if_finite(params, torch.isfinite(norm))
         else:
             self.optimizer.step()
+        self.updating = False
         self.total += self.loss
 
     def _step_if_finite(self, params: list[torch.nn.Parameter], finite: torch.Tensor) -> None:

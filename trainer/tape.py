@@ -74,6 +74,7 @@ class Taped:
                 self._play(tapes, pieces)
             else:
                 step.grads(n, batch.rows(index, valid), draws.rows(index), weight)
+        step.exchange(n)
         step.update(n)
 
     def _tape(self, n: int, piece: Piece) -> Tape | None:

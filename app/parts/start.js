@@ -45,9 +45,9 @@ export function startSection(page) {
     const time = plan.minutes === null ? null : plan.minutes < 1 ? "under a minute" : plan.minutes < 90 ? `about ${Math.round(plan.minutes)} min` : `about ${(plan.minutes / 60).toFixed(1)} h`;
     if (plan.steps) parts.push(h("b", {}, plural(plan.steps, "step")));
     if (time) parts.push(h("span", { title: plan.minutes_from ? "From " + plan.minutes_from + "." : "" }, h("b", {}, time)));
-    if (plan.memory_gib) parts.push(h("span", {}, h("b", {}, plan.memory_gib.toFixed(1) + " GiB"), ` of ${plan.memory_free_gib.toFixed(1)} GiB free memory (${plan.memory_where})`));
+    if (plan.memory_gib) parts.push(h("span", {}, h("b", {}, plan.memory_gib.toFixed(1) + " GiB"), ` of ${plan.memory_free_gib.toFixed(1)} GiB free memory (${plan.memory_where})` + (plan.memory_mode ? `, ${plan.memory_mode}` : "")));
     if (plan.disk_gb !== null && plan.disk_gb !== undefined) parts.push(h("span", {}, h("b", {}, gb(plan.disk_gb)), ` of ${gb(plan.disk_free_gb)} free disk`));
-    const key = JSON.stringify([plan.steps, plan.minutes, plan.memory_gib, plan.memory_free_gib, plan.disk_gb, Math.round(plan.disk_free_gb), plan.measuring]);
+    const key = JSON.stringify([plan.steps, plan.minutes, plan.memory_gib, plan.memory_free_gib, plan.memory_mode, plan.disk_gb, Math.round(plan.disk_free_gb), plan.measuring]);
     if (line.dataset.of !== key) {
       line.dataset.of = key;
       const space = (nodes) => nodes.flatMap((n, i) => (i ? [h("span", { class: "nl-dot", "aria-hidden": "true" }, " · "), n] : [n]));

@@ -168,14 +168,14 @@ def test_a_setting_of_another_optimizer_waits_until_that_one_is_chosen(home, rea
 
 
 def test_low_memory_mode_saves_memory_unless_the_user_says_otherwise(home, ready):
-    assert not draft.check(home, ready)[0].train.checkpointing
+    assert draft.check(home, ready)[0].train.memory == "auto"
     settings.save(home, {"memory": "low"})
     config, _ = draft.check(home, ready)
-    assert config.train.checkpointing and config.train.accumulation == config.train.batch_size == 2
+    assert config.train.memory == "checkpointing" and config.train.accumulation == config.train.batch_size == 2
     view = draft.view(home)
-    assert view["preset_values"]["train.checkpointing"] is True and view["values"]["train.accumulation"] == 2
-    config, _ = draft.check(home, draft.update(home, changes={"train.checkpointing": False, "train.batch_size": 4}))
-    assert not config.train.checkpointing and config.train.accumulation == 4
+    assert view["preset_values"]["train.memory"] == "checkpointing" and view["values"]["train.accumulation"] == 2
+    config, _ = draft.check(home, draft.update(home, changes={"train.memory": "fast", "train.batch_size": 4}))
+    assert config.train.memory == "fast" and config.train.accumulation == 4
 
 
 def test_the_view_says_what_the_page_shows(client, ready):

@@ -56,7 +56,7 @@ def test_kohyas_page():
         "part.unet.learning_rate": 2e-4, "part.text_1.learning_rate": 5e-5, "part.text_1.train": True, "optimizer.kind": "adamw8bit", "optimizer.weight_decay": 0.1,
         "train.batch_size": 6, "train.accumulation": 2, "train.visits": 10, "schedule.kind": "cosine", "schedule.floor": 0.0,
         "schedule.warmup": 0.1, "loss.min_snr_gamma": 5.0, "loss.noise_offset": 0.05, "dataset.caption_dropout": 0.05, "dataset.keep_tags": 1,
-        "dataset.shuffle_tags": True, "dataset.flip": False, "dataset.resolution": 576, "dataset.bucket_step": 64, "train.checkpointing": True,
+        "dataset.shuffle_tags": True, "dataset.flip": False, "dataset.resolution": 576, "dataset.bucket_step": 64, "train.memory": "checkpointing",
         "train.seed": 1234, "train.dtype": "bf16", "output.dtype": "fp16", "train.max_grad_norm": "", "dataset.text_windows": 1, "model.clip_skip": 2,
     }  # fmt: skip
     assert found.fields == {"name": "my_cat", "model": "/models/v1-5.safetensors"}
@@ -264,7 +264,7 @@ def test_one_trainer():
     assert (c["part.unet.learning_rate"], c["part.text_1.learning_rate"], c["part.text_1.stop"]) == (3e-4, 5e-5, 0.6)
     assert (c["train.visits"], c["train.batch_size"], c["schedule.warmup"], c["schedule.floor"]) == (50, 4, 0.4, 0.1)
     assert (c["optimizer.beta2"], c["loss.min_snr_gamma"], c["train.dtype"], c["output.dtype"]) == (0.999, 5.0, "bf16", "fp16")
-    assert (c["train.checkpointing"], c["output.save_every"], c["dataset.resolution"]) == (True, 100, 512)
+    assert (c["train.memory"], c["output.save_every"], c["dataset.resolution"]) == ("checkpointing", 100, 512)
     why = reasons(found)
     assert {"ema", "masked_training", "concepts", "unheard_of"} <= why.keys() and not why.keys() & {"vae", "lora_rank", "peft_type"}
 

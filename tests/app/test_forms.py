@@ -175,7 +175,7 @@ ELSEWHERE = {
     "output.sidecars": "tests/trainer/test_families.py::test_pictures_of_a_lora_on_request",
     "optimizer.kind": "tests/trainer/test_optimizers.py::test_it_lowers_a_loss_and_resumes_to_the_last_bit",
     "optimizer.d_coef": "tests/trainer/test_optimizers.py::test_options_reach_the_optimizer",
-    "train.checkpointing": "tests/trainer/test_options.py::test_checkpointing_is_really_on",
+    "train.memory": "tests/trainer/test_room.py::test_each_mode_trains_every_layer",
     "train.device": "tests/trainer/test_hardware.py::test_impossible_wishes_are_refused",
     "train.attention": "tests/trainer/test_hardware.py::test_xformers_must_be_installed",
     "train.reproducible": "tests/trainer/test_cuda.py::test_a_resumed_run_is_bit_equal_when_reproducible",

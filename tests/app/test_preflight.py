@@ -169,23 +169,26 @@ def test_the_model(home, ready, tmp_path, sd15):
     assert found["startable"] and "toy" in said(found, "info", "model")[0] and found["steps"] == 266
 
 
-def test_too_little_memory_says_what_to_do(home, ready, has):
-    def card(gib: float) -> dict:
-        return {"gpus": [GPU["gpus"][0] | {"memory_gib": gib, "free_gib": gib - 0.1}]}
+def card(gib: float, free: float | None = None) -> dict:
+    return GPU | {"gpus": [GPU["gpus"][0] | {"memory_gib": gib, "free_gib": gib - 0.3 if free is None else free}]}
 
-    has(GPU | card(5.0))
+
+def test_memory_is_saved_by_itself_and_only_then_is_something_asked_for(home, ready, has):
+    has(card(5.0))
     draft.update(home, changes={"train.batch_size": 4})
-    assert said(preflight.make(home), "warning", "train.checkpointing")[0].endswith("has 5.0 GiB in all. Switch on Save memory.")
-    draft.update(home, changes={"train.checkpointing": True, "train.batch_size": 8, "dataset.resolution": 768})
-    found = said(preflight.make(home), "warning", "train.accumulation")[0]
-    assert "Cut the batch into 6 parts, and make sample images 512 x 512 pixels" in found  # the fullest bucket has six
-    draft.update(home, changes={"train.accumulation": 8, "dataset.resolution": 1536})
-    assert said(preflight.make(home), "warning", "preview.width")[0].endswith(", and lower the resolution to 768.")
-    draft.update(home, changes={"preview.enabled": False})
-    assert said(preflight.make(home), "warning", "dataset.resolution")[0].endswith("Lower the resolution to 768.")
-    has(GPU | card(3.0))
+    found = preflight.make(home)
+    assert found["memory_mode"] == "with every block computed twice" and found["memory_gib"] < 4.7 and not said(found, "warning")
+    draft.update(home, changes={"train.batch_size": 8, "dataset.resolution": 1536})
+    found = preflight.make(home)
+    assert found["memory_mode"].endswith("the base in 8 bits") and "held in 8 bits" in said(found, "info", "train.memory")[0]
+    has(card(3.0))
+    assert said(preflight.make(home), "warning", "dataset.resolution")[0].endswith("Lower the resolution to 1024.")
+    has(card(2.0))
+    found = said(preflight.make(home), "warning", "part.text_1.train")[0]
+    assert found.endswith("Leave the text encoders alone, and lower the resolution to 512.")
+    has(card(1.0))
     assert "choose a smaller base model" in said(preflight.make(home), "warning", "model")[0]
-    has(GPU | {"gpus": [GPU["gpus"][0] | {"free_gib": 1.0}]})
+    has(card(8.0, free=1.0))
     draft.update(home, changes={"dataset.resolution": None})
     assert "Close other programs" in said(preflight.make(home), "warning")[0]
 
@@ -193,18 +196,19 @@ def test_too_little_memory_says_what_to_do(home, ready, has):
 def test_a_large_model_on_cards_of_several_sizes(home, ready, has, tmp_path):
     from tests.app.test_models import SDXL, write
 
-    def lines(gib: float) -> list[dict]:
-        has(GPU | {"gpus": [GPU["gpus"][0] | {"memory_gib": gib, "free_gib": gib - 0.4}]})
-        return [i for i in preflight.make(home)["preflight"] if i["level"] in ("warning", "info") and i["field"] != "images"]
-
     draft.update(home, model=str(write(tmp_path / "juggernautXL.safetensors", SDXL)))
-    (line,) = lines(24.0)
-    assert line["field"] == "train.checkpointing" and "room for training without Save memory" in line["text"]
-    (line,) = lines(12.0)
-    assert "while it makes sample images, and the GPU has 12.0 GiB in all. Make sample images 512 x 512" in line["text"]
-    (line,) = lines(6.0)
-    assert line["field"] == "model" and "choose a smaller base model" in line["text"]
-    draft.update(home, changes={"part.text_2.train": True})
+    modes = {}
+    for gib in (24.0, 10.0, 8.0, 6.0):
+        has(card(gib))
+        found = preflight.make(home)
+        assert found["memory_gib"] < gib and not said(found, "warning", "train.memory")
+        modes[gib] = found["memory_mode"]
+    every = "with every block computed twice"
+    assert list(modes.values()) == ["", "with feed-forward layers computed twice", every, f"{every} and the base in 8 bits"]
+    has(card(24.0))
+    draft.update(home, changes={"train.memory": "checkpointing"})
+    assert "room for training with everything kept, which is quicker" in said(preflight.make(home), "info", "train.memory")[0]
+    draft.update(home, changes={"train.memory": None, "part.text_2.train": True})
     assert preflight.make(home)["memory_gib"] == pytest.approx(13.6, abs=1.5)
 
 
@@ -225,12 +229,14 @@ def test_sd3_says_what_becomes_of_its_text_encoders(home, ready, has, tmp_path):
     (tmp_path / "words" / "tokenizer.json").touch()
     draft.update(home, changes={"model.text_encoders": str(tmp_path / "words")})
     more = preflight.make(home)
-    assert said(more, field="model.text_encoders") == [] and more["memory_gib"] > found["memory_gib"] + 8
+    assert said(more, field="model.text_encoders") == [] and more["memory_gib"] > found["memory_gib"]
     draft.update(home, changes={"model.t5": "skip"})
     assert preflight.make(home)["memory_gib"] == found["memory_gib"]
-    has(GPU | {"gpus": [GPU["gpus"][0] | {"memory_gib": 17.0, "free_gib": 16.8}]})
+    has(card(9.0))
     draft.update(home, changes={"model.t5": None})
-    assert "Load T5 in 8 bits" in said(preflight.make(home), "warning", "model.t5")[0]
+    assert preflight.make(home)["memory_mode"].endswith("in 8 bits")  # T5 alone takes 8.9 GiB in 16 bits
+    draft.update(home, changes={"model.t5": "8bit"})
+    assert preflight.make(home)["memory_mode"] == "with every block computed twice"
 
 
 def test_bucket_steps_and_sizes_are_those_of_the_family(home, ready, has, tmp_path):
@@ -267,6 +273,7 @@ def ran(home: Home, name: str, changes: dict, *, rate: float, device: str = "A c
     write = events.Writer(folder.events)
     side = int(area**0.5)
     write("started", name=name, total=100, images=10, buckets=[[side, side, 10]], device=device, dtype="bf16", reasons=[], family=family)
+    write("memory", mode=config.train.memory.replace("auto", "fast"), accumulation=1)
     for step in range(1, 40):
         write("step", step=step, loss=0.1, rate={}, images_per_s=0.1 if step == 1 else rate, eta_s=1, epoch=1, memory_gib=4.0)
     write.close()
@@ -288,7 +295,7 @@ def test_minutes_come_from_earlier_runs_like_this_one(home, ready, has):
 @pytest.mark.parametrize(
     "other",
     [
-        {"train.checkpointing": True},
+        {"train.memory": "checkpointing"},
         {"part.text_1.train": False},
         {"train.dtype": "fp32"},
         {"model": "demo"},

@@ -420,3 +420,25 @@ def test_on_a_gpu_what_is_kept_is_what_is_encoded(images, encoded, tmp_path):
     assert same_moments(images(models=there), first) and encoded["images"] == 5
     shutil.rmtree(tmp_path / "kept")
     assert same_moments(images(models=there), first) and encoded["images"] == 10
+
+
+def test_an_image_too_large_to_encode_is_encoded_in_tiles(train, monkeypatch, same):
+    """Told once, trained as ever, and kept apart from what is encoded whole."""
+    from diffusers import AutoencoderKL
+
+    from trainer.data import store
+
+    monkeypatch.setattr(store, "TILE", 4)
+    changes = {"train.visits": 1}
+    whole, encode = train(changes), AutoencoderKL.encode
+
+    def short(self, x, **more):
+        if not self.use_tiling:
+            raise torch.OutOfMemoryError("no")
+        return encode(self, x, **more)
+
+    monkeypatch.setattr(AutoencoderKL, "encode", short)
+    tiled = train(changes)
+    (told,) = [e["text"] for e in tiled.events("warning") if "tiles" in e["text"]]
+    assert told.startswith("The GPU's memory is too small to encode an image at once.")
+    assert tiled.outcome == "finished" and not same(whole.lora(), tiled.lora())

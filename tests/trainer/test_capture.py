@@ -87,6 +87,19 @@ def test_graphs_equal_eager_steps_to_the_last_bit(dtype, build, deterministic):
 
 
 @pytest.mark.gpu
+def test_two_graphs_with_a_sum_between_them_equal_one(build, deterministic):
+    """As each of several processes does it; the sum here is over one."""
+    one, other = build("cuda", torch.bfloat16), build("cuda", torch.bfloat16)
+    summed = []
+    other.step.reduce = lambda tensors: summed.append(len(tensors))
+    losses, weights = train(one, 12, capture.Captured(one.step).run)
+    again, graphs = train(other, 12, capture.Captured(other.step).run)
+    assert summed == [2] * 12
+    assert torch.equal(losses, again)
+    assert all(torch.equal(weights[k], graphs[k]) for k in weights)
+
+
+@pytest.mark.gpu
 def test_a_released_graph_is_captured_anew(build, deterministic):
     one, other = build("cuda", torch.bfloat16), build("cuda", torch.bfloat16)
     captured = capture.Captured(other.step)

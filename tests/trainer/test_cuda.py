@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,7 +31,7 @@ def config(**changes):
     }
     for key, value in changes.items():
         section, _, name = key.partition("__")
-        values[section][name] = value
+        values.setdefault(section, {})[name] = value
     return validate(values)
 
 
@@ -93,3 +95,42 @@ def test_previews_borrow_the_frozen_encoder_and_the_vae(dtype, tmp_path):
     shown = [e["images"] for e in events.read(done.events) if e["type"] == "preview"]
     first, last = (np.stack([np.asarray(Image.open(done.previews / n), np.float32) for n in names]) for names in (shown[0], shown[-1]))
     assert first.std() > 20 and np.abs(first - last).mean() > 1
+
+
+def test_previews_by_graph_change_nothing_that_is_learnt(tmp_path):
+    """Between steps that are replayed themselves, in the same kernels each time."""
+    same = {"train__reproducible": True, "train__dtype": "bf16", "validation__enabled": False}
+    _, without = run.train(config(**same), tmp_path / "without")
+    _, shown = run.train(config(**same, preview__enabled=True, preview__every=3), tmp_path / "shown")
+    torch.use_deterministic_algorithms(False)
+    told = list(events.read(shown.events))
+    assert len([e for e in told if e["type"] == "preview"]) >= 10 and not any("CUDA graphs" in e.get("text", "") for e in told)
+    a, b = load_file(without.lora("lora")), load_file(shown.lora("lora"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_full_gpu_makes_the_run_go_on_in_a_smaller_way(tmp_path):
+    """With three quarters of the memory that its tensors would take, by torch's own cap; as many steps, and the same learnt to rounding.
+
+    At 256 px, so that it is more than the workspaces of cuBLAS (32 MiB for each of its streams), which stay.
+    """
+    settings = {"train__batch_size": 14, "train__reproducible": True, "train__dtype": "bf16", "dataset__resolution": 256}
+    _, whole = run.train(config(**settings), tmp_path / "whole")
+    peak = max(e["memory_gib"] for e in events.read(whole.events) if e["type"] == "step")
+    total = torch.cuda.mem_get_info()[1] / 2**30
+    gc.collect()
+    torch.cuda.empty_cache()
+    kept = torch.cuda.memory_allocated() / 2**30
+    torch.cuda.set_per_process_memory_fraction((kept + 0.75 * (peak - kept)) / total)
+    try:
+        outcome, short = run.train(config(**settings), tmp_path / "short")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.use_deterministic_algorithms(False)
+    told = list(events.read(short.events))
+    assert outcome == "finished"
+    assert next(e["mode"] for e in told if e["type"] == "memory") == "fast"
+    assert [e["mode"] for e in told if e["type"] == "memory"][-1] in ("selective", "checkpointing")
+    assert any("ran out after step" in e["text"] for e in told if e["type"] == "warning")
+    losses = [[e["loss"] for e in events.read(done.events) if e["type"] == "step"] for done in (whole, short)]
+    assert losses[0][-1] == pytest.approx(losses[1][-1], rel=0.02)

@@ -29,7 +29,7 @@ if INTERPRETED:  # slow: one program at a time, in numpy
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     if INTERPRETED:
-        monkeypatch.setattr(kernels, "_fused", lambda x: x.dtype in kernels.FUSED_DTYPES)
+        monkeypatch.setattr(kernels, "by_triton", lambda x: x.dtype in kernels.FUSED_DTYPES)
 
 
 @pytest.fixture
@@ -332,7 +332,7 @@ GPU_DTYPES = [torch.bfloat16, torch.float32]
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 def test_every_function_on_cuda_equals_float64(dtype):
-    assert kernels._fused(torch.zeros(1, device="cuda", dtype=dtype)), "the Triton form should serve this device"
+    assert kernels.by_triton(torch.zeros(1, device="cuda", dtype=dtype)), "the Triton form should serve this device"
     for shape in [*GROUP_SHAPES, (2, 640, 64, 64), (1, 320, 128, 128)]:
         for silu in (False, True):
             check_group_norm(shape, silu, dtype, "cuda")
@@ -345,7 +345,7 @@ def test_every_function_on_cuda_equals_float64(dtype):
 
 @pytest.mark.gpu
 def test_plain_form_on_cuda_equals_float64(monkeypatch):
-    monkeypatch.setattr(kernels, "_fused", lambda x: False)
+    monkeypatch.setattr(kernels, "by_triton", lambda x: False)
     for dtype in GPU_DTYPES:
         check_group_norm((2, 960, 5, 7), True, dtype, "cuda")
         check_geglu((2, 7, 320), dtype, "cuda")

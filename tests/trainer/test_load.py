@@ -476,3 +476,36 @@ def test_a_vocabulary_of_its_own_is_kept(tmp_path):
     from trainer.families.sources import DEMO
 
     assert load_any(DEMO, torch.float32)["tokenizer"].get_vocab() == json.loads((DEMO / "tokenizer" / "vocab.json").read_text())
+
+
+def test_convolutions_are_laid_out_while_they_are_cast(made):
+    for source in made("sd1"):
+        models = load_any(source, torch.bfloat16, layout=torch.channels_last)
+        want = load_any(source, torch.bfloat16)["unet"].to(memory_format=torch.channels_last).state_dict()
+        for key, tensor in models["unet"].state_dict().items():
+            assert torch.equal(tensor, want[key]) and tensor.stride() == want[key].stride(), key
+        assert models["vae"].encoder.conv_in.weight.is_contiguous()
+
+
+def test_a_full_device_is_no_damaged_file(made, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(single_file.Place, "_state", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_any(made("sd1")[0], torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", small.VARIANTS)
+def test_weights_that_go_straight_to_the_gpu_are_those_that_come_by_way_of_the_cpu(made, variant):
+    folder, path = made(variant)
+    for source in (folder, path):
+        for t5 in ("auto", "8bit"):
+            ours = load_any(source, torch.float16, text_encoders=folder, t5=t5, device=torch.device("cuda"), layout=torch.channels_last)
+            want = load_any(source, torch.float16, text_encoders=folder, t5=t5)
+            for name, model in want.items():
+                if isinstance(model, torch.nn.Module):
+                    got = ours[name].state_dict()
+                    assert name == "text_encoder_3" or all(t.is_cuda for t in got.values())
+                    assert all(torch.equal(got[k].cpu(), t) for k, t in model.state_dict().items()), name

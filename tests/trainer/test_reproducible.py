@@ -1,6 +1,8 @@
+import psutil
 import pytest
 
 import trainer.loop
+from trainer import events
 
 DRAWN = {"adapter.dropout": 0.2, "dataset.flip": True, "dataset.caption_dropout": 0.2}  # all that a stray draw could disturb
 PREVIEWS = {
@@ -11,6 +13,11 @@ PREVIEWS = {
     "preview.prompts": ["zorp", "a cat"],
 }
 VALIDATION = {"validation.enabled": True, "validation.every": 3, "validation.draws": 1}
+
+ACCELERATE = (
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)
 
 
 @pytest.fixture
@@ -92,14 +99,14 @@ def test_weights_of_folders_count_over_the_whole_batch(train, draw_pictures, tmp
 
 
 def test_two_processes_equal_one(train, command, draw_pictures, tmp_path):
-    """By torchrun on the CPU (gloo). Batches of 4 and of 3 rows: in the latter one process has an empty slot."""
+    """By accelerate on the CPU (gloo). Batches of 4 and of 3 rows: in the latter one process has an empty slot."""
     folders = [
         {"folder": str(draw_pictures(tmp_path / "a", [(64, 64)] * 3, seed=1)), "weight": 5},
         {"folder": str(draw_pictures(tmp_path / "b", [(64, 64), (96, 48), (96, 48), (96, 48)], seed=2))},
     ]
     changes = {"data": folders, "train.accumulation": 2, "output.checkpoint_every": 4} | VALIDATION | PREVIEWS
     alone = train(changes)
-    process = command(tmp_path / "run", changes, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))
+    process = command(tmp_path / "run", changes, launcher=ACCELERATE)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     both = type(alone)("finished", tmp_path / "run")
@@ -110,6 +117,22 @@ def test_two_processes_equal_one(train, command, draw_pictures, tmp_path):
         assert two["train"] == pytest.approx(one["train"], rel=1e-4)
     assert_close(both, alone)
     assert {p.name for p in both.root.rglob("*")} == {p.name for p in alone.root.rglob("*")}
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_run_which_one_resumes(train, command, wait_for, tmp_path):
+    changes = {"train.visits": 40, "output.checkpoint_every": 4, "output.save_every": 0}
+    process = command(tmp_path, changes, launcher=ACCELERATE)
+    wait_for(process, tmp_path, "checkpoint", 8)
+    ranks = {c.environ().get("RANK"): c for c in psutil.Process(process.pid).children(recursive=True)}
+    ranks["1"].kill()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    last = list(events.read(tmp_path / "events.jsonl"))[-1]
+    assert last["type"] == "failed" and last["text"].startswith("Another process of this run ended")
+    alone, resumed = train(changes), train(changes, root=tmp_path, resume=True)
+    assert resumed.outcome == "finished" and resumed.events("resumed")[0]["step"] >= 8
+    assert_close(resumed, alone)
 
 
 @pytest.mark.slow

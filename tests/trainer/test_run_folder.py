@@ -59,6 +59,7 @@ def test_the_events_come_in_order(finished):
     assert [(e["type"], e.get("step", e.get("name"))) for e in finished.events() if e["type"] != "warning"] == [
         ("stage", "loading"),
         ("started", "my zorp"),
+        ("memory", None),
         ("stage", "encoding"),
         ("stage", "training"),
         ("validation", 0),

@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from trainer import adapters, families
+from trainer import adapters, families, sampler
 from trainer.config import LoraConfig, LossConfig, ModelConfig
 from trainer.config.load import ROOT
 from trainer.data.images import open_rgb
-from trainer.families import WINDOW, Cond, Models, common
+from trainer.families import WINDOW, Cond, Models
 from trainer.families.sources import DEMO
 from trainer.families.unet import UNET_TARGETS
 
@@ -76,7 +76,7 @@ def test_sampling_does_not_depend_on_its_neighbours(models, monkeypatch):
     for image, prompt, seed in zip(together, PROMPTS, [7, 8, 9], strict=True):
         (alone,) = FAMILY.sample(models, [prompt], [seed], **SAMPLE)
         assert apart(alone, image) <= 2
-    monkeypatch.setattr(common, "PREVIEW_PIXELS", 2 * 64 * 64)  # batches of two and one
+    monkeypatch.setattr(sampler, "BATCH_PIXELS", 2 * 64 * 64)  # batches of two and one
     assert [apart(a, b) <= 2 for a, b in zip(together, FAMILY.sample(models, PROMPTS, [7, 8, 9], **SAMPLE), strict=True)] == [True] * 3
 
 

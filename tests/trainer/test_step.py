@@ -319,6 +319,7 @@ def test_gradients_are_reduced_over_processes_with_the_loss(build):
     for m, share in ((made, 2), (alone, 1)):
         batch = m.store.batch(0)
         m.step.grads(0, batch, m.step.begin(0, batch), m.store.total_weight[0] * share)
+        m.step.exchange(0)
         m.step.update(0)
     assert seen == [2]  # all gradients as one tensor, and the loss
     for part in ("unet", "text_1"):

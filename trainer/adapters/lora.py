@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -113,6 +113,16 @@ class Lora:
             yield
         finally:
             self.strength = before
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """For a while in which nothing is trained: without dropout, and without a cast of each weight at each pass."""
+        self.train(False)
+        try:
+            with self.weights.fresh() if self.weights else nullcontext():
+                yield
+        finally:
+            self.train(True)
 
     def train(self, mode: bool) -> None:
         """Switch the adapter's dropout on or off."""

@@ -22,7 +22,8 @@ The JSON has
     speedup           the reference's step_ms over ours
     share_of_limit    the time that a step's arithmetic takes at the rate of large products of matrices, over our median time
     limit             matmul_tflops (measured here), step_tflop (counted on the reference's step, without what checkpointing repeats)
-    preview           seconds for one set of sample images at the product's settings, pictures, worth_steps, share_of_run (of 1,500 steps)
+    preview           seconds for one set of sample images at the product's settings, pictures, worth_steps; times that a run of
+                      1,500 steps makes them by itself, share_of_run that they take then
     versions, device, case
 
 The losses and norms of both sides agree to rounding; where they do not, the text says so. Triton keeps the kernels that it has compiled,

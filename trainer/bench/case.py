@@ -87,11 +87,11 @@ def check(case: Case) -> None:
     for key in (item.partition("=")[0].strip() for item in case.assignments):
         if key in OWN:
             raise BenchError(f"--set {key}: the bench sets this itself, for both sides. See python -m trainer bench --help.")
-    settings(case, Path(), Path(), "cpu", "fp32")  # its values are checked
     step = step_of(case.side, None, model.family)
     if case.side % step:
         below = max(step, case.side // step * step)
         raise BenchError(f"--size is {case.side}; for {case.model} it must be a multiple of {step}, such as {below} or {below + step}.")
+    settings(case, Path(), Path(), "cpu", "fp32")  # its values are checked
 
 
 def settings(case: Case, folder: Path, images: Path, device: str, dtype: str) -> TrainConfig:
@@ -115,7 +115,7 @@ def settings(case: Case, folder: Path, images: Path, device: str, dtype: str) ->
             "visits": -(-needed * case.batch // images_seen),
             "batch_size": case.batch,
             "max_grad_norm": 1.0,
-            "checkpointing": case.checkpointing,
+            "memory": "checkpointing" if case.checkpointing else "fast",
             "device": device,
             "dtype": dtype,
         },

@@ -112,7 +112,7 @@ def main(job: dict[str, Any], meter: Meter) -> dict[str, Any]:
     """
     folder, batch_size, seed = Path(job["folder"]), job["batch"], job["seed"]
     if job["device"].startswith("cuda"):
-        torch.cuda.set_device(job["device"])
+        torch.cuda.set_device(torch.device(job["device"]).index or 0)
     precision = {"fp32": "no"}.get(job["dtype"], job["dtype"])
     accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision=precision, cpu=job["device"] == "cpu")
     device = accelerator.device

@@ -55,7 +55,7 @@ def text(found: dict[str, Any]) -> str:
         )
     if preview := found["preview"]:
         lines.append(
-            f"{preview['pictures']} sample images take {preview['seconds']:.1f} s, as long as {preview['worth_steps']:.0f} steps; made as often as a run of 1,500 steps makes them by itself, {preview['share_of_run']:.0%} of its time."
+            f"{preview['pictures']} sample images take {preview['seconds']:.1f} s, as long as {preview['worth_steps']:.0f} steps; a run of 1,500 steps makes them {preview['times']} times by itself, which is {preview['share_of_run']:.0%} of its time."
         )
     lines += [f"Ours says: {note}" for note in found["notes"]]
     return "\n".join([*lines, *_unlike(found)])

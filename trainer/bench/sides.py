@@ -117,9 +117,9 @@ def _together(case: Case, machine: dict[str, Any], found: dict[str, Any], steps:
     preview = None
     if ours and ours["preview_s"]:
         worth = ours["preview_s"] * 1e3 / ours["mean_step_ms"]
-        times = plan.TIMES + 1
+        times = _previews(worth)
         share = times * worth / (times * worth + USUAL_STEPS)
-        preview = {"seconds": ours["preview_s"], "pictures": ours["pictures"], "worth_steps": worth, "share_of_run": share}
+        preview = {"seconds": ours["preview_s"], "pictures": ours["pictures"], "worth_steps": worth, "times": times, "share_of_run": share}
     return _rounded({
         "ours": blocks.get("ours"),
         "reference": blocks.get("reference"),
@@ -133,6 +133,14 @@ def _together(case: Case, machine: dict[str, Any], found: dict[str, Any], steps:
         "case": asdict(case) | {"size": case.side, "steps": steps - case.on(machine["device"])[0], "dtype": machine["dtype"],
                                 "device": machine["device"], "family": MODELS[case.model].family},
     })  # fmt: skip
+
+
+def _previews(worth: float) -> int:
+    """How often a run of USUAL_STEPS makes previews by itself, each of which takes as long as `worth` steps."""
+    made = 0
+    for k in range(1, plan.TIMES):
+        made += plan.spares(made * worth, worth, 1.0, round(k * USUAL_STEPS / plan.TIMES), USUAL_STEPS)
+    return 2 + made
 
 
 def _last_losses(told: list[list[float]], steps: int) -> tuple[int, int]:

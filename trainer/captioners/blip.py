@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainer import imports
 from trainer.families.sources import SourceError, fetch
 from trainer.formats import FormatError
 from trainer.formats.metadata import read_header
@@ -52,6 +53,7 @@ def resolve(source: str, say: Callable[[str], None]) -> Path:
 
 def build(config: Config, folder: Path, device: str, dtype: str) -> Callable[[Sequence[Image]], list[str]]:
     """Load the model onto `device` in `dtype` ("fp32", "bf16", "fp16"); the function captions a batch by beam search."""
+    imports.light()
     import torch
     from transformers import BertTokenizerFast, BlipForConditionalGeneration
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil  # the other one needs torchvision

@@ -260,7 +260,11 @@ class LoopConfig(Strict):
     batch_size: int = Field(1, ge=1, le=1024, description="images of one optimizer step, over all processes")
     accumulation: int = Field(1, ge=1, le=1024, description="parts into which a step's batch is cut to save memory")
     max_grad_norm: float | None = Field(1.0, gt=0, description="gradients are scaled down to this norm; None switches it off")
-    checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory, slower")
+    memory: Literal["auto", "fast", "selective", "checkpointing", "8bit", "4bit"] = Field(
+        "auto",
+        description="fast keeps all that the backward pass needs, selective computes the feed-forward layers again, checkpointing whole "
+        "blocks; 8bit and 4bit also pack the frozen base, which changes results a little; auto takes the first that fits",
+    )
     seed: int = Field(0, ge=0, lt=2**32)
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|xpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="what the frozen base is cast to; adapters stay fp32")
@@ -270,7 +274,10 @@ class LoopConfig(Strict):
 
 class PreviewConfig(Strict):
     every: int | None = Field(
-        None, ge=0, description="make sample images every this many steps; None: eight times over the run; 0: only at the start and the end"
+        None,
+        ge=0,
+        description="make sample images every this many steps; None: eight times over the run, or as often as a tenth of its time allows; "
+        "0: only at the start and the end",
     )
     enabled: bool = True
     prompts: tuple[str, ...] = Field((), description="empty: made from the data")
@@ -296,10 +303,6 @@ class OutputConfig(Strict):
         "kohya", description="kohya: for A1111, Forge, ComfyUI and all others; peft: for diffusers (of SD3, kohya writes both files)"
     )
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    thumbnail: bool = Field(False, description="put a small picture of the newest preview into the LoRA's metadata")
-    sidecars: tuple[Literal["json", "png"], ...] = Field(
-        ("json",), description="beside the LoRA: json, a card with the trigger words for the web UIs; png, the newest preview"
-    )
     save_every: int | None = Field(
         None,
         ge=0,

@@ -19,7 +19,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from trainer import imports
 from trainer.run_dir import replace
 
 VERSION = 1  # of how entries are made and named
@@ -218,7 +218,7 @@ def computed_by(device: torch.device) -> list[Any]:
         where = [torch.cuda.get_device_name(device), torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark]
     else:
         where = [device.type, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
-    versions = [packages.version(name) for name in ("torch", "diffusers", "transformers", "pillow")]
+    versions = [imports.version(name) for name in ("torch", "diffusers", "transformers", "pillow")]
     return [*where, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic, *versions]
 
 

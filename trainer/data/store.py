@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ TEXT_BUDGET = 2**30  # bytes of an encoder's cached states; above it the encoder
 # At most this many pixels pass through the VAE in one batch, but at least one image. Measured on an H200 with SD1.5's: two images of 512 px
 # at once save 3 ms each and take .75 GiB more, and an image that comes to the set would change the batches of those after it.
 ENCODE_PIXELS = 512 * 512
+TILE = 64  # latents of a side, where an image is encoded in tiles
+CPU_PIXELS = 256 * 256  # as many on a CPU, whose caches are small: 12 images of 128 px take .39 s in fours, .55 s at once (one core)
 READERS = min(4, os.cpu_count() or 1)  # threads that open images while others are encoded
 
 T, R = TypeVar("T"), TypeVar("R")
@@ -49,19 +52,47 @@ def encode_images(
 ) -> dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]]:
     """(mean, std) of the latents, each (C, h, w) on the device, for every (image index, mirrored).
 
-    A batch's images are of one bucket, in their order, so that it is the same one in every run on these images.
+    A batch's images are of one bucket, in their order, so that it is the same one in every run on these images. Where the GPU's memory is
+    too small for one of them, they are encoded in overlapping tiles.
     """
+    cache = cache or Cache()
+    try:
+        return _encode_images(family, models, images, placements, background, flip, cache, tiled=False)
+    except torch.OutOfMemoryError:
+        if max(p.width * p.height for p in placements) <= (8 * TILE) ** 2:
+            raise
+    gc.collect()  # here the error is gone, and with it what its frames held
+    torch.cuda.empty_cache()
+    cache.warn(
+        "The GPU's memory is too small to encode an image at once. They are encoded in overlapping tiles, which differ a little where they "
+        "meet. A lower dataset.resolution avoids it."
+    )
+    with models.tiling(TILE):
+        return _encode_images(family, models, images, placements, background, flip, cache, tiled=True)
+
+
+def _encode_images(
+    family: Family,
+    models: Models,
+    images: Sequence[Image],
+    placements: Sequence[Placement],
+    background: str,
+    flip: bool,
+    cache: Cache,
+    tiled: bool,
+) -> dict[tuple[int, bool], tuple[torch.Tensor, torch.Tensor]]:
     groups: dict[tuple[int, int], list[tuple[int, bool]]] = {}
     for k, p in enumerate(placements):
         groups.setdefault((p.width, p.height), []).extend([(k, f) for f in ((False, True) if flip else (False,))])
     batches = []
+    limit = min(ENCODE_PIXELS, CPU_PIXELS) if models.device.type == "cpu" else ENCODE_PIXELS
     for (w, h), members in groups.items():
-        size = max(1, ENCODE_PIXELS // (w * h))
+        size = max(1, limit // (w * h))
         batches += [members[at : at + size] for at in range(0, len(members), size)]
 
     def told(n: int) -> list[object]:
         rows = [[images[k].digest, dataclasses.astuple(placements[k]), f] for k, f in batches[n]]
-        return [family.name, background, rows]
+        return [family.name, background, rows, *(["tiles"] if tiled else [])]
 
     def opened(n: int) -> torch.Tensor:
         rows = [(pixels(images[k], placements[k], background), f) for k, f in batches[n]]
@@ -72,7 +103,7 @@ def encode_images(
             for x in _ahead(opened, missing):
                 yield dict(zip(("mean", "std"), family.encode(models, x.to(models.device)), strict=True))
 
-    found = (cache or Cache()).recall("images", [len(b) for b in batches], told, models.vae, models.device, make)
+    found = cache.recall("images", [len(b) for b in batches], told, models.vae, models.device, make)
     out = {}
     for batch, made in zip(batches, found, strict=True):
         out |= dict(zip(batch, zip(*(made[name].to(models.device) for name in ("mean", "std")), strict=True), strict=True))

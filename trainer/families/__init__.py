@@ -102,14 +102,32 @@ class Models:
     @contextmanager
     def borrow(self, *names: str) -> Iterator[None]:
         """Have parked modules on the device for a while; what is there already is left as it is, where views of its weights may be in use."""
-        parked = self.parked.intersection(names)
-        for name in parked:
-            self.module(name).to(self.device)
+        modules = [self.module(name) for name in self.parked.intersection(names)]
+        tables = [table for module in modules for m in module.modules() for table in (m._parameters, m._buffers)]
+        home = [(table, name, t, t.data) for table in tables for name, t in table.items() if t is not None]
+        try:
+            for module in modules:
+                module.to(self.device)
+            yield
+        finally:
+            for table, name, t, data in home:  # they are frozen: nothing need be copied back
+                t.data = data
+                table[name] = t
+            for module in modules:
+                module.to("cpu")
+
+    @contextmanager
+    def tiling(self, side: int) -> Iterator[None]:
+        """Have the VAE work in overlapping tiles of `side` latents, by diffusers: less memory, slight differences between tiles."""
+        vae = self.vae
+        kept = vae.tile_latent_min_size, vae.tile_sample_min_size
+        vae.tile_latent_min_size, vae.tile_sample_min_size = side, 8 * side
+        vae.enable_tiling()
         try:
             yield
         finally:
-            for name in parked:
-                self.module(name).to("cpu")
+            vae.disable_tiling()
+            vae.tile_latent_min_size, vae.tile_sample_min_size = kept
 
 
 class Family(Protocol):
@@ -136,7 +154,11 @@ class Family(Protocol):
 
     def condition(self, models: Models, states: dict[str, States], size: torch.Tensor | None) -> Cond: ...
 
+    def read(self, models: Models, part: str, texts: Sequence[str]) -> tuple[States, tuple[int, ...]]: ...
+
     def conditions(self, models: Models, prompts: Sequence[str], size: tuple[int, int]) -> Cond: ...
+
+    def whole(self, models: Models, size: tuple[int, int], rows: int) -> torch.Tensor | None: ...
 
     def size(self, image: tuple[int, int], placement: Placement, flip: bool) -> tuple[float, ...] | None: ...
 
@@ -153,6 +175,8 @@ class Family(Protocol):
     def predict(self, models: Models, noisy: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor: ...
 
     def pipeline(self, models: Models) -> Any: ...
+
+    def preview_scheduler(self, models: Models) -> Any: ...
 
     def sample(
         self,

@@ -1,4 +1,4 @@
-"""What all families do alike: layers by kind, text through CLIP, pixels through the VAE, pictures by diffusers' own pipeline."""
+"""What all families do alike: layers by kind, text through CLIP, pixels through the VAE and back."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from PIL import Image
 
+from trainer import imports
 from trainer.config import LoraConfig, ModelConfig
 from trainer.data.buckets import Placement
 from trainer.families import Cond, Models, States, clip
 from trainer.formats import single_file
+from trainer.sampler import Sampler
 
 TEXT_TARGETS = {
     "attention": r".*self_attn\.(q_proj|k_proj|v_proj|out_proj)",
     "feed_forward": r".*mlp\.fc[12]",
 }
-PREVIEW_PIXELS = 1024 * 1024 // 4  # at most this many pixels are sampled in one batch
 TEXT_ROWS = 32  # captions that pass through a text encoder at once
 
 
@@ -55,18 +56,19 @@ class Common:
 
     def open(self, source: Path, dtype: torch.dtype, device: torch.device, model: ModelConfig) -> tuple[dict[str, Any], Models]:
         """The components of `source` by diffusers' names, and the Models made of them, frozen, on the device; no schedule yet."""
+        imports.light()
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # it lasts for milliseconds and would break into the run's own bar
-        found = single_file.load_any(source, dtype, text_encoders=model.text_encoders, t5=model.t5)
+        found = single_file.load_any(source, dtype, model.text_encoders, model.t5, device, torch.channels_last)
         text = {f"text_{k}": f"encoder{'' if k == 1 else f'_{k}'}" for k in (1, 2, 3)}
         encoders = {part: found[f"text_{n}"] for part, n in text.items() if found.get(f"text_{n}") is not None}
         tokenizers = {part: found[f"{text[part].replace('encoder', 'tokenizer')}"] for part in encoders}
         frozen = {part: m for part, m in encoders.items() if part not in self.parts}
         parts = {"unet": found[self.denoiser]} | {p: m for p, m in encoders.items() if p in self.parts}
-        parts["unet"].to(memory_format=torch.channels_last)
         for module in (*parts.values(), *frozen.values(), found["vae"]):
             module.requires_grad_(False).eval().to(device)
+        parts["unet"].to(memory_format=torch.channels_last)
         models = Models(parts, found["vae"], tokenizers, dict(found["scheduler"]), "unknown", None, device, frozen)
         models.clip_skip = model.clip_skip
         models.notes = list(found.get("notes", ()))
@@ -111,19 +113,25 @@ class Common:
         return Cond(states["text_1"].hidden)
 
     @torch.no_grad()
+    def read(self, models: Models, part: str, texts: Sequence[str]) -> tuple[States, tuple[int, ...]]:
+        """(what one encoder, borrowed for it, makes of `texts` as it is now; how many windows each of them takes)."""
+        tokens = self.tokenize(models, part, texts).to(models.device)
+        pieces = torch.arange(len(texts), device=models.device).split(TEXT_ROWS)
+        with models.borrow(part):
+            found = [self.encode_text(models, part, tokens.rows(p)) for p in pieces]
+        pooled = None if found[0].pooled is None else torch.cat([f.pooled for f in found])
+        return States(torch.cat([f.hidden for f in found]), pooled), tokens.windows
+
+    @torch.no_grad()
     def conditions(self, models: Models, prompts: Sequence[str], size: tuple[int, int]) -> Cond:
         """Conditioning of `prompts` for pictures of `size` (width, height), by the encoders as they are now, borrowed one after the other."""
-        pieces = torch.arange(len(prompts), device=models.device).split(TEXT_ROWS)
-        found: list[dict[str, States]] = [{} for _ in pieces]
-        for part in models.text:
-            tokens = self.tokenize(models, part, prompts).to(models.device)
-            with models.borrow(part):
-                for states, p in zip(found, pieces, strict=True):
-                    states[part] = self.encode_text(models, part, tokens.rows(p))
-        whole = self.size(size, Placement(*size, (0.0, 0.0, *map(float, size)), 1.0, 1.0), False)
-        ids = None if whole is None else torch.tensor([whole], device=models.device)
-        conds = [self.condition(models, s, None if ids is None else ids.expand(len(p), -1)) for s, p in zip(found, pieces, strict=True)]
-        return Cond(*(None if x[0] is None else torch.cat(x) for x in zip(*((c.hidden, c.pooled, c.size) for c in conds), strict=True)))
+        states = {part: self.read(models, part, prompts)[0] for part in models.text}
+        return self.condition(models, states, self.whole(models, size, len(prompts)))
+
+    def whole(self, models: Models, size: tuple[int, int], rows: int) -> torch.Tensor | None:
+        """Size conditioning (rows, 6) of pictures of `size` (width, height) of which nothing is cut off; None: the family has none."""
+        told = self.size(size, Placement(*size, (0.0, 0.0, *map(float, size)), 1.0, 1.0), False)
+        return None if told is None else torch.tensor([told], device=models.device).expand(rows, -1)
 
     def size(self, image: tuple[int, int], placement: Placement, flip: bool) -> tuple[float, ...] | None:
         """Size conditioning of an image of `image` (width, height) pixels; None: the family has none."""
@@ -142,7 +150,10 @@ class Common:
         """diffusers' text-to-image pipeline of the loaded modules, with the scheduler that suits them."""
         raise NotImplementedError
 
-    @torch.no_grad()
+    def preview_scheduler(self, models: Models) -> Any:
+        """The scheduler of diffusers that sample images are made by."""
+        raise NotImplementedError
+
     def sample(
         self,
         models: Models,
@@ -155,42 +166,6 @@ class Common:
         size: tuple[int, int],
         tick: Callable[[], None] | None = None,
     ) -> list[Image.Image]:
-        """Pictures of `size` (width, height), one for each prompt, each from its own seed on the CPU.
-
-        `tick` is called after each denoising step; what it raises ends the sampling.
-        """
-        pipe = self.pipeline(models)
-        pipe.set_progress_bar_config(disable=True)
-
-        def after(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
-            if tick:
-                tick()
-            return kept
-
-        batch = max(1, PREVIEW_PIXELS // (size[0] * size[1]))
-        images: list[Image.Image] = []
-        dtype = models.parts["unet"].dtype
-        vae = models.vae
-        with models.borrow(*models.text, "vae"):
-            for k in range(0, len(prompts), batch):
-                chunk = list(prompts[k : k + batch])
-                n = len(chunk)
-                cond = self.conditions(models, [*chunk, *([negative] * n)], size)
-                told = {"prompt_embeds": cond.hidden[:n].to(dtype), "negative_prompt_embeds": cond.hidden[n:].to(dtype)}
-                if cond.pooled is not None:
-                    told["pooled_prompt_embeds"] = cond.pooled[:n].to(dtype)
-                    told["negative_pooled_prompt_embeds"] = cond.pooled[n:].to(dtype)
-                latents = pipe(
-                    **told,
-                    generator=[torch.Generator().manual_seed(s) for s in seeds[k : k + batch]],
-                    num_inference_steps=steps,
-                    guidance_scale=guidance,
-                    width=size[0],
-                    height=size[1],
-                    output_type="latent",
-                    callback_on_step_end=after,
-                ).images
-                latents = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-                pixels = vae.decode(latents, return_dict=False)[0]
-                images += pipe.image_processor.postprocess(pixels.float(), output_type="pil")
-        return images
+        """Pictures of `size` (width, height), one for each prompt, each from its own seed, by the models as they are now: see Sampler."""
+        make = Sampler(self, models)
+        return make(prompts, seeds, negative=negative, steps=steps, guidance=guidance, size=size, tick=tick)

@@ -93,10 +93,16 @@ class SD3(Common):
         dtype = model.dtype
         return model(noisy.to(dtype), cond.hidden.to(dtype), cond.pooled.to(dtype), t, return_dict=False)[0].float()
 
-    def pipeline(self, models: Models) -> Any:
-        from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    def preview_scheduler(self, models: Models) -> Any:
+        """Euler's method along the flow, at the base's own shift, as in training."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
 
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(models.scheduler)
+        return FlowMatchEulerDiscreteScheduler.from_config(models.scheduler, use_dynamic_shifting=False)
+
+    def pipeline(self, models: Models) -> Any:
+        from diffusers import StableDiffusion3Pipeline
+
+        scheduler = self.preview_scheduler(models)
         both = [x for p in ("text_1", "text_2") for x in (models.parts[p], models.tokenizers[p])]
         t5 = models.frozen.get("text_3"), models.tokenizers.get("text_3")
         return StableDiffusion3Pipeline(models.parts["unet"], scheduler, models.vae, *both, *t5)

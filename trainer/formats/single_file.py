@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from trainer import imports
 from trainer.formats import FormatError, int8
 from trainer.formats.metadata import read_header
 from trainer.formats.probe import LDM, TITLES, VAES, Kind, identify, weight_files
@@ -39,6 +42,7 @@ COMPONENTS = {
         "text_encoder_3": "T5EncoderModel",
     },
 }
+DENOISERS = ("unet", "transformer")
 T5 = "text_encoder_3"
 # where a single file has its text encoders
 TEXTS = {
@@ -65,13 +69,22 @@ PARTS = {"text_1": "text_encoder", "text_2": "text_encoder_2"}  # the trainer's 
 LEGACY_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of folders from before diffusers 0.15
 WIDE = (".scale_weight", ".weight_scale")  # ends of the keys by which ComfyUI's scaled fp8 weights are multiplied
 FP8 = tuple(getattr(torch, n) for n in ("float8_e4m3fn", "float8_e5m2"))
+DRAWS = {getattr(nn.init, n) for n in ("uniform_", "normal_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")}
+CPU = torch.device("cpu")
 AGAIN = "Download it again or choose another."
 
 Read = Callable[[str], torch.Tensor]
 
 
-def load_any(source: Path, dtype: torch.dtype, text_encoders: Path | None = None, t5: str = "auto") -> dict[str, Any]:
-    """The components of the base at `source` by diffusers' names, on the CPU, in eval mode, and `notes`, sentences on what was done.
+def load_any(
+    source: Path,
+    dtype: torch.dtype,
+    text_encoders: Path | None = None,
+    t5: str = "auto",
+    device: torch.device = CPU,
+    layout: torch.memory_format = torch.preserve_format,
+) -> dict[str, Any]:
+    """The components of the base at `source` by diffusers' names, in eval mode, and `notes`, sentences on what was done.
 
     `unet` or `transformer`, `vae`, `text_encoder`, `text_encoder_2`, `text_encoder_3` and the tokenizers as the family has them, and
     `scheduler`, its configuration as a dict. All models are cast to `dtype`, but the VAE is float32. Nothing is fetched from anywhere.
@@ -82,6 +95,8 @@ def load_any(source: Path, dtype: torch.dtype, text_encoders: Path | None = None
             `clip_g.safetensors`, `t5xxl_*.safetensors`) or in diffusers' layout, and with T5's tokenizer (`tokenizer_3/`, or
             `tokenizer.json` itself). What the source holds counts first.
         t5: `auto`, `skip` or `8bit` (see ModelConfig).
+        device: where the models shall be in the end. Weights are read straight into CUDA's memory and cast there; else they are on the CPU.
+        layout: of the denoiser's convolutions.
 
     Raises FormatError for what is no complete model of a known family.
     """
@@ -94,11 +109,19 @@ def load_any(source: Path, dtype: torch.dtype, text_encoders: Path | None = None
         places.pop(T5, None)
     found: dict[str, Any] = {"notes": notes, "scheduler": _json(_configs(source, kind) / "scheduler" / "scheduler_config.json")}
     for name, place in places.items():
-        found[name] = place.load(torch.float32 if name == "vae" else dtype, eight=name == T5 and t5 == "8bit")
+        own = layout if name in DENOISERS else torch.preserve_format
+        found[name] = place.load(torch.float32 if name == "vae" else dtype, name == T5 and t5 == "8bit", device, own)
         if name in FILES:
             words = name.replace("text_encoder", "tokenizer")
             found[words] = _t5_tokenizer(_t5_words(source, text_encoders)) if name == T5 else _tokenizer(source, kind, words)
     return found
+
+
+def uses_t5(source: Path, text_encoders: Path | None, t5: str) -> bool:
+    """Whether SD3's T5 will be loaded."""
+    source = Path(source)
+    places = _places(source, _known(source), text_encoders)
+    return T5 in places and not _no_t5(source, places, text_encoders, t5)
 
 
 def blank(source: Path, parts: Sequence[str]) -> dict[str, torch.nn.Module]:
@@ -164,15 +187,36 @@ class Place:
     title: str
     label: str
 
-    def load(self, dtype: torch.dtype, eight: bool = False) -> torch.nn.Module:
-        """The model with its weights cast to `dtype`; `eight`: its Linear layers in 8 bits."""
+    def load(
+        self,
+        dtype: torch.dtype,
+        eight: bool = False,
+        device: torch.device = CPU,
+        layout: torch.memory_format = torch.preserve_format,
+    ) -> torch.nn.Module:
+        """The model with its weights cast to `dtype`, those of convolutions in `layout`, on a CUDA `device` or the CPU.
+
+        `eight`: its Linear layers in 8 bits, on the CPU.
+        """
         what = f"{self.label}: {NAMES[self.name]}"
         model = _model(self.cls, self.config)
         small = int8.replace_linears(model) if eight else set()
         wanted = model.state_dict()
         try:
             with self.weights.opened() as read:
-                state = self._state(model, wanted, read, dtype, small)
+
+                def cast(key: str, name: str = "") -> torch.Tensor:
+                    """T5 overflows in fp16 unless the last layer of each block stays float32 (transformers keeps it so, too)."""
+                    kind = torch.float32 if dtype == torch.float16 and self.name == T5 and ".wo." in name else dtype
+                    weight = read(key)
+                    own = layout if weight.ndim == 4 else torch.preserve_format
+                    if device.type == "cuda":  # of a copy that changes the type, too, the CPU would do that part
+                        return weight.to(device).to(kind, memory_format=own)
+                    return weight.to(kind, copy=True, memory_format=own)
+
+                state = self._state(model, wanted, read, cast, small)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
             raise FormatError(f"{what} is damaged or lacks a tensor: {error}. {AGAIN}") from error
         for key in (k for k in wanted if k in state and state[k].shape != wanted[k].shape):
@@ -190,15 +234,9 @@ class Place:
         return model.eval()
 
     def _state(
-        self, model: torch.nn.Module, wanted: Mapping[str, torch.Tensor], read: Read, dtype: torch.dtype, small: set[str]
+        self, model: torch.nn.Module, wanted: Mapping[str, torch.Tensor], read: Read, cast: Callable[..., torch.Tensor], small: set[str]
     ) -> dict[str, torch.Tensor]:
-        """The tensors under the model's names."""
-
-        def cast(key: str, name: str = "") -> torch.Tensor:
-            """T5 overflows in fp16 unless the last layer of each block stays float32 (transformers keeps it so, too)."""
-            keep = dtype == torch.float16 and self.name == T5 and ".wo." in name
-            return read(key).to(torch.float32 if keep else dtype, copy=True)
-
+        """The tensors under the model's names. `cast`: read(key) as the model has it; takes that key, and the model's name for it."""
         if self.original and self.cls != "T5EncoderModel":
             return self._converted(model, {k: cast(k) for k in self.weights.keys if not k.endswith(WIDE)})
         state: dict[str, torch.Tensor] = {}
@@ -239,7 +277,8 @@ class Place:
             state["text_projection.weight"] = state.pop("text_projection").T.contiguous()
         if self.cls == CLIP_PROJECTED and self.name == "text_encoder" and "text_projection.weight" not in state:
             # SD3's CLIP-L file has none: its pooled states are used as they are (Stability-AI/sd3-ref, diffusers)
-            state["text_projection.weight"] = torch.eye(model.config.hidden_size, dtype=next(iter(state.values())).dtype)
+            like = next(iter(state.values()))
+            state["text_projection.weight"] = torch.eye(model.config.hidden_size, dtype=like.dtype, device=like.device)
         return state
 
 
@@ -255,13 +294,29 @@ def _configs(source: Path, kind: Kind) -> Path:
     return source if source.is_dir() else CONFIGS / (kind.variant or kind.kind)
 
 
+class _Blank(TorchFunctionMode):
+    """On the meta device: no number is drawn or counted for a model that is about to get its weights.
+
+    torch has normal_ and arange in Python there, and imports sympy for them (.5 s).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        if func is torch.arange and len(args) == 1 and isinstance(args[0], int) and kwargs.keys() <= {"dtype"}:
+            return torch.empty(args[0], dtype=kwargs.get("dtype") or torch.int64, device="meta")
+        return func(*args, **kwargs)
+
+
 def _model(cls: str, config: Path) -> torch.nn.Module:
     """A model on the meta device. Raises FormatError for a configuration that cannot be used."""
+    imports.light()
     import diffusers
     import transformers
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Blank():
             if hasattr(diffusers, cls):
                 kind = getattr(diffusers, cls)
                 return kind.from_config(kind.load_config(config, local_files_only=True))

@@ -5,7 +5,7 @@ A LoRA step needs gradients with respect to activations only: scales and shifts 
 Outputs have the dtype of the input, also under autocast; every sum runs in float32 (float64 for float64 inputs).
 
 Three forms with the same interface, equal to rounding: `fused` (Triton; one to three kernels a call, no host wait, shapes fixed by the
-inputs, so safe in a CUDA graph), `cpu` (float32 on the CPU; keeps more) and `plain` (torch operations, for all else). `_form` chooses.
+inputs, so safe in a CUDA graph), `cpu` (float32 on the CPU; keeps more) and `plain` (torch operations, for all else). `by_triton` and `_form` choose.
 
 GELU in its tanh form has no function here: torch's own keeps its input only and is one kernel already.
 """
@@ -34,7 +34,10 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float,
 
 
 def geglu(p: Tensor) -> Tensor:
-    """value * gelu(gate), erf form, of p (..., 2H) = value, gate (Shazeer 2020, "GLU variants improve transformer"): (..., H)."""
+    """value * gelu(gate), erf form, of p (..., 2H) = value, gate (Shazeer 2020, "GLU variants improve transformer"): (..., H).
+
+    The backward pass may write over p, which no other function may keep.
+    """
     return _GEGLU.apply(p)
 
 
@@ -118,14 +121,15 @@ class _AddLayerNorm(torch.autograd.Function):
 
 def _form(x: Tensor):
     """The module that computes for x."""
-    if not _fused(x):
+    if not by_triton(x):
         return cpu if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) else plain
     from trainer.kernels import fused
 
     return fused
 
 
-def _fused(x: Tensor) -> bool:
+def by_triton(x: Tensor) -> bool:
+    """Whether Triton kernels compute for tensors of x's device and dtype."""
     return x.is_cuda and x.dtype in FUSED_DTYPES and _triton_runs(x.device)
 
 

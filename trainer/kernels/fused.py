@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS = 32, 64  # tile of the group norm kernels: COLUMNS divides the channel counts of every SD family
+SUMMED = 128  # rows that are summed at once: all of a chunk's up to 8,192, so that nothing waits for an earlier read
 CHUNKS = 64  # at most so many partial sums for each channel
 MANY = ["hw", "per", "groups", "chunks", "rows"]
 
@@ -33,14 +34,15 @@ def _sweep(x, g, weight, bias, stat, out, groups, eps, silu) -> Tensor:
     """Sums by channel and chunk of rows, two numbers for each group, then every element. `stat` is None in the forward pass."""
     n, c, h, w = x.shape
     hw, per, back = h * w, c // groups, stat is not None
-    chunks = min(triton.cdiv(hw, 4 * ROWS), CHUNKS)
+    chunks = min(triton.cdiv(hw, SUMMED), CHUNKS)
     rows = triton.cdiv(hw, chunks)
     part = torch.empty(n, chunks, 2, c, device=x.device, dtype=torch.float32)
     pair = torch.empty(n, groups, 2, device=x.device, dtype=torch.float32)
     columns = triton.cdiv(c, COLUMNS)
     meta = {"BACK": back, "SILU": silu, "R": ROWS, "BC": COLUMNS}
     with torch.cuda.device_of(x):
-        _channel_sums[(chunks, columns, n)](x, g, weight, bias, stat, part, hw, c, per, groups, rows, **meta | {"SILU": silu and back})
+        more = {"BACK": back, "SILU": silu and back, "R": SUMMED, "BC": COLUMNS, "num_warps": 8}
+        _channel_sums[(chunks, columns, n)](x, g, weight, bias, stat, part, hw, c, per, groups, rows, **more)
         _group_pairs[(groups, n)](x, part, pair, hw, c, per, groups, chunks, eps, BACK=back, BK=CHUNKS, BP=triton.next_power_of_2(per))
         _every_element[(triton.cdiv(hw, ROWS), columns, n)](
             x, g, weight, bias, stat if back else pair, pair, out, hw, c, per, groups, **meta
@@ -165,10 +167,10 @@ def geglu(p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def geglu_backward(g: Tensor, p: Tensor) -> Tensor:
-    p, g = p.contiguous(), g.contiguous()
-    gp = torch.empty_like(p)
-    _gate(p, g, gp, g.shape[-1], True)
-    return gp
+    """The gradient takes the place of p, which nothing reads after it: it is the largest tensor of a transformer block."""
+    p = p.contiguous()
+    _gate(p, g.contiguous(), p, g.shape[-1], True)
+    return p
 
 
 def _gate(p, g, out, h, back) -> None:

@@ -6,6 +6,7 @@ results (to rounding) stay as they are. What has no lean form, such as dropout o
 
 from __future__ import annotations
 
+import functools
 import re
 from types import MethodType
 from typing import Any
@@ -55,6 +56,24 @@ def install(parts: dict[str, nn.Module], layers: dict[str, dict[str, Any]], name
                 groups.append(group := Group([m], name))
                 m.forward = MethodType(_first, group)
     return Weights(groups)
+
+
+def recompute(model: nn.Module, what: str, keep_random: bool) -> None:
+    """Have the backward pass compute the `feed_forward` layers of a denoiser anew, or its whole `blocks`, instead of keeping what they need.
+
+    Feed-forward layers keep the most for the least arithmetic. `keep_random`: they draw (dropout), so the same numbers are drawn again;
+    that reads the generator's state on the host, which a CUDA graph cannot do.
+    """
+    from diffusers.models.attention import FeedForward
+    from torch.utils.checkpoint import checkpoint
+
+    again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=keep_random)
+    if what == "blocks":
+        model.enable_gradient_checkpointing(again)
+    elif what == "feed_forward":
+        for m in model.modules():
+            if type(m) is FeedForward:
+                m.forward = functools.partial(again, m.forward)
 
 
 def _first(group: Group, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

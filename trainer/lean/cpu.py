@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from trainer.lean.narrow import conv_backward
+from trainer.lean.narrow import conv_input_gradient
 
 SHARE = 0.25  # of the free memory, at most, goes into transformed weights
 SMALL = 2**18  # numbers of channels, one times the other, up to which there is a tile of 4, whose weights are 4 times the kernel's
@@ -77,8 +77,7 @@ class Convolution:
             return on_points(g, m.weight.flatten(1), None)
         if self._pays(g):
             return winograd(g, self.turned, self.tile, None, back=True)
-        x = g.new_empty(1).expand(shape)  # its shape is read, its values are not
-        return conv_backward(g, x, m.weight, m.stride, m.padding, (True, False))[0]
+        return conv_input_gradient(g, shape, m.weight, m.stride, m.padding)
 
     def _pays(self, x: torch.Tensor) -> bool:
         """Whether tiles are faster for a map like x: of few small ones the products wait for their weights."""

@@ -6,14 +6,16 @@ are added in place, x and the rank-r product alone are kept, and the gradients g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from trainer.lean.narrow import NarrowLinear, Packed, conv_backward, join, kept, rows, wide
+from trainer import kernels
+from trainer.lean.narrow import NarrowLinear, Packed, conv_backward, conv_input_gradient, join, kept, rows, wide
 
 
 class Group:
@@ -21,6 +23,7 @@ class Group:
 
     Attributes:
         layers: the PEFT layers; work: (down, up) of each in the base's dtype; grads: where their gradients are added, or None.
+        fresh: whether `work` is known to be what the masters are.
         down: (sum of ranks, in), the work copies of all `down` as one tensor.
     """
 
@@ -42,11 +45,21 @@ class Group:
             self.weight = torch.cat([m.weight.detach() for m in bases])
             for m, own in zip(bases, self.weight.split(self.outs), strict=True):
                 m.weight.data = own
-        self.even = len(layers) > 1 and len(set(self.outs)) == len(set(self.ranks)) == len({m.scaling[name] for m in layers}) == 1
+        alike = len(set(self.outs)) == len(set(self.ranks)) == len({m.scaling[name] for m in layers}) == 1
+        self.even = len(layers) > 1 and alike and self.params[1].numel() % 8 == 0  # then their `up` lie without gaps
+        self.fresh = False
         self.down: torch.Tensor
         self.work: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.grads: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.down_grad: torch.Tensor
+        self.triton: Any = None  # trainer.kernels.lora, where it serves these layers
+
+    def choose(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Say whether Triton's kernels serve these layers."""
+        if (len(self.layers) == 1 or self.even) and kernels.by_triton(torch.empty(0, device=device, dtype=dtype)):
+            from trainer.kernels import lora
+
+            self.triton = lora if lora.fits(self.ranks[0], (self.outs[0], self.params[0].shape[1]), dtype) else None
 
     def stacked(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """The `up` of all layers, which lie one after the other, as one (layers, out, rank)."""
@@ -54,11 +67,14 @@ class Group:
         return first.as_strided((len(pairs), *first.shape), (first.numel(), *first.stride()))
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """x (..., in) -> one (..., out) for each layer. Without gradients the masters are read, so that no copy can be out of date."""
+        """x (..., in) -> one (..., out) for each layer. Without gradients the masters are read, so that no copy can be out of date, but
+        for as long as the copies are known to be fresh (see Weights).
+        """
         scales = [m.scaling[self.name] for m in self.layers]
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params)):
+        if self.fresh or (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params))):
+            whole = self.triton and self.triton.whole(x[..., 0].numel(), sum(self.outs), x.shape[-1])
             even = self.even and x.device.type != "cpu"  # where one large product is faster, and attention may read slices of it
-            return (_EvenLora if even else _GroupLora).apply(x, self, scales, *self.params)
+            return (_WholeLora if whole else _EvenLora if even else _GroupLora).apply(x, self, scales, *self.params)
         dtype = x.dtype
         down = torch.cat([p.detach().to(dtype) for p in self.params[::2]])
         flat = x.reshape(-1, x.shape[-1])
@@ -75,6 +91,39 @@ class Group:
         for piece, low, up, scale in zip(y.split(self.outs, 1), h.split(self.ranks, 1), ups, scales, strict=True):
             piece.addmm_(low, up.t(), alpha=scale)
         return y, h
+
+
+class _WholeLora(torch.autograd.Function):
+    """_GroupLora by kernels that do a layer whole, for layers of the same size, rank and scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group, scales: Sequence[float], *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flat = _rows(x)
+        y, h = group.triton.forward(flat, wide(group.weight), group.bias, group.down, group.stacked(group.work), scales[0])
+        ctx.save_for_backward(flat, h)
+        ctx.group, ctx.scale, ctx.shape = group, scales[0], x.shape
+        return tuple(y.view(len(y), *x.shape[:-1], -1).unbind(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, h = ctx.saved_tensors
+        group, ups, rows = ctx.group, ctx.group.stacked(ctx.group.work), [_rows(g) for g in gs]
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx, low = group.triton.backward(rows, wide(group.weight), group.down, ups, ctx.scale)
+            gx = gx.view(ctx.shape)
+        elif ctx.needs_input_grad[3]:
+            low = torch.cat([g @ up for g, up in zip(rows, ups, strict=True)], 1)
+        if ctx.needs_input_grad[3]:
+            group.triton.gradients(x, h, rows, low, group.down_grad, group.stacked(group.grads), ctx.scale)
+        return gx, None, None, *[None] * len(group.params)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., D) as (M, D), each row dense."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 class _GroupLora(torch.autograd.Function):
@@ -103,7 +152,9 @@ class _GroupLora(torch.autograd.Function):
             for own, scale in zip(low.split(group.ranks, 1), scales, strict=True):
                 own.mul_(scale)
         factor = scales[0] if same else 1.0
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] and group.triton:
+            group.triton.gradients(x, h, [g], low, group.down_grad, group.stacked(group.grads), factor)
+        elif ctx.needs_input_grad[3]:
             group.down_grad.addmm_(low.t(), x, alpha=factor)
             for piece, own, (_, grad), scale in zip(g.split(group.outs, 1), h.split(group.ranks, 1), group.grads, scales, strict=True):
                 grad.addmm_(piece.t(), own, alpha=scale)
@@ -135,7 +186,9 @@ class _EvenLora(torch.autograd.Function):
         g = torch.cat([g.reshape(len(x), -1) for g in gs], 1)
         each = g.view(len(x), count, -1).transpose(0, 1)
         low = torch.bmm(each, group.stacked(group.work)).transpose(0, 1).reshape(len(x), -1)  # gradient of h, without the scale
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[3] and group.triton:
+            group.triton.gradients(x, h, list(each), low, group.down_grad, group.stacked(group.grads), ctx.scale)
+        elif ctx.needs_input_grad[3]:
             group.down_grad.addmm_(low.t(), x, alpha=ctx.scale)
             ups = group.stacked(group.grads)
             ups.baddbmm_(each.transpose(1, 2), h.view(len(x), count, -1).transpose(0, 1), alpha=ctx.scale)
@@ -156,6 +209,8 @@ class Conv:
         self.params = [layer.lora_A[name].weight, layer.lora_B[name].weight]
         self.ranks = [layer.r[name]]
         self.layers = [layer]
+        self.triton = None
+        self.fresh = False
         self.down: torch.Tensor
         self.down_grad: torch.Tensor
         self.work: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -163,7 +218,7 @@ class Conv:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         scale = self.layer.scaling[self.name]
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params)):
+        if self.fresh or (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params))):
             return _ConvLora.apply(x, self, scale, *self.params)
         return self._product(x, *(p.detach().to(x.dtype) for p in self.params), scale)[0]
 
@@ -198,34 +253,41 @@ class _ConvLora(torch.autograd.Function):
         if ctx.needs_input_grad[0] and conv.frozen:
             gx = gx.add_(conv.frozen.backward(g, x.shape))
         elif ctx.needs_input_grad[0]:
-            gx = gx.add_(conv_backward(g, x, wide(conv.weight), conv.stride, conv.padding, (True, False))[0])
+            gx = gx.add_(conv_input_gradient(g, x.shape, wide(conv.weight), conv.stride, conv.padding))
         return gx, None, None, None, None
 
 
 class Weights:
     """Of all lean layers: their masters, gradients and, where the base is in 16 bits, work copies, each flat with a view for each tensor.
 
-    `begin` is called before the gradients of each step and `collect` after each backward.
+    `begin` is called before the gradients of each step and `collect` after each backward. Triton's kernels add to the float32 gradients
+    themselves; what others leave in 16 bits is added by `collect`, and their layers come first.
     """
 
     def __init__(self, groups: Sequence[Group | Conv]) -> None:
+        device, dtype = groups[0].params[0].device, groups[0].weight.dtype
+        for g in groups:
+            if isinstance(g, Group):
+                g.choose(device, dtype)
+        groups = sorted(groups, key=lambda g: g.triton is not None)
+        self.groups = groups
         order = [p for g in groups for p in (*g.params[::2], *g.params[1::2])]  # the `down` of a group stand together
-        device, dtype = order[0].device, groups[0].weight.dtype
         sizes = [-(-p.numel() // 8) * 8 for p in order]  # each begins on 16 bytes
         self.master = torch.zeros(sum(sizes), device=device)
         self.grad = torch.zeros_like(self.master)
         self.work = self.master if dtype == torch.float32 else torch.zeros(sum(sizes), device=device, dtype=dtype)
-        self.work_grad = self.grad if self.work is self.master else torch.zeros_like(self.work)
-        flats = (self.master, self.grad, self.work, self.work_grad)
+        narrow = {p for g in groups if g.triton is None for p in g.params} if self.work is not self.master else set()
+        self.work_grad = torch.zeros(sum(s for p, s in zip(order, sizes, strict=True) if p in narrow), device=device, dtype=dtype)
         views: dict[torch.nn.Parameter, list[torch.Tensor]] = {}
-        at = 0
+        starts, at = {}, 0
         for p, size in zip(order, sizes, strict=True):
+            flats = (self.master, self.grad, self.work, self.work_grad if p in narrow else self.grad)
             views[p] = [x[at : at + p.numel()].view(p.shape) for x in flats]
             views[p][0].copy_(p.detach())
             p.data = views[p][0]
+            starts[p] = at
             at += size
         self.grads = {p: v[1] for p, v in views.items()}
-        starts = dict(zip(order, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
         for g in groups:
             downs, ups = g.params[::2], g.params[1::2]
             g.work = [(views[d][2], views[u][2]) for d, u in zip(downs, ups, strict=True)]
@@ -234,18 +296,31 @@ class Weights:
                 rows, columns = sum(g.ranks), downs[0].shape[1]
                 assert len(downs) == 1 or all(d.numel() % 8 == 0 for d in downs)
                 span = slice(starts[downs[0]], starts[downs[0]] + rows * columns)
-                g.even = g.even and ups[0].numel() % 8 == 0  # then they have no gaps between them
-                g.down, g.down_grad = self.work[span].view(rows, columns), self.work_grad[span].view(rows, columns)
+                g.down = self.work[span].view(rows, columns)
+                g.down_grad = (self.work_grad if downs[0] in narrow else self.grad)[span].view(rows, columns)
 
     def begin(self) -> None:
         """Bring the work copies up to the masters and set all gradients to zero."""
         if self.work is not self.master:
             self.work.copy_(self.master)
-            self.work_grad.zero_()
+        self.work_grad.zero_()
         self.grad.zero_()
+
+    @contextmanager
+    def fresh(self) -> Iterator[None]:
+        """For a while in which the masters do not change: passes without gradients read the work copies, made once, too."""
+        if self.work is not self.master:
+            self.work.copy_(self.master)
+        for g in self.groups:
+            g.fresh = True
+        try:
+            yield
+        finally:
+            for g in self.groups:
+                g.fresh = False
 
     def collect(self) -> None:
         """Add what the backward passes left in 16 bits to the float32 gradients."""
-        if self.work is not self.master:
-            self.grad.add_(self.work_grad)
+        if len(self.work_grad):
+            self.grad[: len(self.work_grad)].add_(self.work_grad)
             self.work_grad.zero_()

@@ -87,6 +87,10 @@ def _pack8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _wide8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if kernels.by_triton(scales):
+        from trainer.kernels import narrow as form
+
+        return form.widen8(codes, scales, dtype)
     out = torch.empty(len(scales), BLOCK, dtype=dtype, device=codes.device)
     return torch.mul(codes.view(-1, BLOCK), scales[:, None], out=out).flatten()
 
@@ -99,10 +103,10 @@ def _pack4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _wide4(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if kernels._fused(scales):
-        from trainer.kernels import nf4
+    if kernels.by_triton(scales):
+        from trainer.kernels import narrow as form
 
-        return nf4.widen(codes, scales, _table(codes.device), dtype)
+        return form.widen4(codes, scales, _table(codes.device), dtype)
     if codes.is_cuda and _library():
         return torch.ops.bitsandbytes.dequantize_4bit(codes, scales.float(), BLOCK, "nf4", [2 * len(codes)], dtype)
     return plain4(codes, scales, dtype)
@@ -168,6 +172,11 @@ class NarrowLinear(_Narrow, nn.Linear):
 class NarrowConv2d(_Narrow, nn.Conv2d):
     """The same for an nn.Conv2d."""
 
+    def __new__(cls, *args: Any, **more: Any) -> nn.Conv2d:
+        if args and not isinstance(args[0], Packed):  # PEFT makes an adapter's convolutions by the class of the base's: they are plain
+            return nn.Conv2d(*args, **more)
+        return super().__new__(cls)
+
     def __init__(self, packed: Packed, old: nn.Conv2d) -> None:
         nn.Module.__init__(self)
         for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
@@ -215,8 +224,20 @@ class FrozenConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x = g.new_empty(1).expand(ctx.shape)  # its shape is read, its values are not
-        return conv_backward(g, x, wide(ctx.weight), *ctx.how, (True, False))[0], None, None, None, None
+        return conv_input_gradient(g, ctx.shape, wide(ctx.weight), *ctx.how), None, None, None, None
+
+
+def conv_input_gradient(
+    g: torch.Tensor, shape: torch.Size, weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> torch.Tensor:
+    """Gradient of a convolution's input of `shape`, whose values it does not need."""
+    if not g.is_cuda:
+        x = g.new_empty(1).expand(shape)  # its shape is read
+        return conv_backward(g, x, weight, stride, padding, (True, False))[0]
+    # The transposed convolution. cuDNN's convolution_backward would take its memory format from the input, and copy g to it and back.
+    sides = zip(shape[2:], g.shape[2:], weight.shape[2:], stride, padding, strict=True)
+    rest = [size - ((out - 1) * step + kernel - 2 * pad) for size, out, kernel, step, pad in sides]
+    return F.conv_transpose2d(g, weight, None, tuple(stride), tuple(padding), tuple(rest))
 
 
 def conv_backward(
