@@ -27,7 +27,7 @@ from trainer.capture import leaves
 from trainer.step import Batch, Draws, Slots, Step
 
 MOST = 4  # players; with more of them they wait for Python's lock
-LARGE = 6e6  # multiplications, about, from which on a kernel is worth several threads: 0.15 ms on one
+LARGE = 5e7  # multiplications, about, from which on a kernel is worth several threads: 1 ms on one
 UNFIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 UNFIT_NAMES = {"aten::resize_", "aten::resize_as_", "aten::set_"}  # they give a tensor another storage
 
