@@ -90,6 +90,20 @@ LABELS = {
         "Tags kept in place",
         "This many leading parts of a caption stay where they are and are never dropped. The part with the trigger always stays.",
     ),
+    "dataset.keep_separator": (
+        "Mark behind kept tags",
+        "Parts of a caption before this mark, such as |||, stay in place as well. The mark itself is not trained.",
+    ),
+    "dataset.wildcards": ("Choices in captions", "{red|blue} in a caption gives one of them at each visit."),
+    "dataset.masks": (
+        "Masks",
+        "What is white in an image's mask is learned, the rest only a little. The alpha channel can stand in for a mask.",
+    ),
+    "dataset.unmasked_weight": ("Weight outside masks", "How much the part outside a mask counts; the part inside counts 1."),
+    "dataset.hold_out": (
+        "Images held out",
+        "Never trained on, but measured, so that learning by heart shows. Empty: 1 in 20 from 20 images on, none below.",
+    ),
     "dataset.caption_dropout": ("Caption dropout", "Share of visits with an empty caption. 0.05 to 0.1 helps styles."),
     "dataset.tag_dropout": ("Tag dropout", "Share of a caption's movable parts left out at each visit."),
     "dataset.text_windows": (
@@ -138,6 +152,10 @@ LABELS = {
     "schedule.warmup": ("Warm-up", "Share of the run over which the rate rises from zero."),
     "schedule.floor": ("End of the schedule", "The factor on the rate that is left at the end."),
     "schedule.restarts": ("Restarts", "Number of cosine cycles."),
+    "loss.prior_weight": (
+        "Prior preservation",
+        "Keeps what the base shows for the class word (woman, dog), without class images. Often 0.5 to 1; each step takes twice as long. 0: off.",
+    ),
     "loss.min_snr_gamma": ("Min-SNR gamma", "Weighs noise levels evenly, so that learning is steadier. 5 is usual; empty switches it off."),
     "loss.noise_offset": ("Noise offset", "Lets the LoRA learn very dark and very bright images. 0.03 to 0.1 where wanted."),
     "loss.timesteps": (
@@ -214,7 +232,7 @@ LABELS = {
 
 CHOICES = {
     "auto": "Automatic", "sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL",
-    "sd3": "Stable Diffusion 3 and 3.5", "skip": "Left out", "8bit": "8-bit", "logit_normal": "Logit-normal", "uniform": "Evenly",
+    "sd3": "Stable Diffusion 3 and 3.5", "skip": "Left out", "8bit": "8-bit", "alpha": "Masks and alpha", "off": "Ignored", "logit_normal": "Logit-normal", "uniform": "Evenly",
     "json": "NAME.json", "png": "NAME.png", "epsilon": "Noise (epsilon)", "v_prediction": "v prediction",
     "attention": "Attention", "feed_forward": "Feed-forward", "projections": "Projections", "convolutions": "Convolutions",
     "adamw": "AdamW", "adamw8bit": "AdamW 8-bit", "prodigy": "Prodigy", "constant": "Constant", "linear": "Linear", "cosine": "Cosine",
@@ -230,6 +248,8 @@ BOUNDS = {
 EMPTY = {
     "dataset.resolution": "the base's own",
     "dataset.bucket_step": "64, or 8 below 256 pixels",
+    "dataset.keep_separator": "none",
+    "dataset.hold_out": "1 in 20 from 20 images on",
     "adapter.start": "from nothing",
     "adapter.conv_rank": "the rank",
     "adapter.conv_alpha": "the same scale",
@@ -257,6 +277,7 @@ WHEN: dict[str, dict[str, list[Any]]] = {
     "part.text_2.stop": {"part.text_2.train": [True]},
     "adapter.conv_rank": {"adapter.targets": ["convolutions"]},
     "adapter.conv_alpha": {"adapter.targets": ["convolutions"]},
+    "dataset.unmasked_weight": {"dataset.masks": ["auto", "alpha"]},
     "loss.logit_mean": {"loss.timesteps": ["logit_normal"]},
     "loss.logit_std": {"loss.timesteps": ["logit_normal"]},
     **{

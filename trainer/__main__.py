@@ -103,7 +103,7 @@ def _train(args: argparse.Namespace) -> int:
         raise ValueError(f"--visits is {args.visits}; it must be from 1 to {control.MOST_VISITS}.")
     terminal = Terminal()
     if args.dry_run:
-        return _dry_run(config, as_json=args.json)
+        return _dry_run(config, as_json=args.json, step=args.step)
     if "source" not in config.model.model_fields_set:
         print(f"Note: {TOY}")
     root = args.run_dir or default_run_dir(config.output.name)
@@ -120,7 +120,7 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _dry_run(config: Any, as_json: bool) -> int:
+def _dry_run(config: Any, as_json: bool, step: int | None) -> int:
     from trainer import families, imports, plan, run
     from trainer.hardware import choose
 
@@ -151,6 +151,8 @@ def _dry_run(config: Any, as_json: bool) -> int:
         "warnings": [*([hardware.warning] if hardware.warning else []), *ready.plan.warnings],
         "prompts": plan.preview_prompts(config, ready.plan.images),
     }
+    if step is not None:
+        found["step"] = [row | {"file": str(row["file"])} for row in plan.seen(laid, config, step)]
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return 0
@@ -176,6 +178,9 @@ def _dry_run(config: Any, as_json: bool) -> int:
         print(f"  {reason}")
     for text in ready.plan.warnings:
         print(f"Note: {text}")
+    for row in found.get("step", ()):
+        how = "".join(words for words, is_so in ((", mirrored", row["mirrored"]), (", masked", row["masked"])) if is_so)
+        print(f"Step {step:<4} {row['file']}{how}: {row['caption'] or '(no caption)'}")
     return 0
 
 
@@ -338,6 +343,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --run-dir")
     p.add_argument("--visits", type=int, help="with --resume: the run's new total length; one that had finished is trained further")
     p.add_argument("--dry-run", action="store_true", help="show what would be done, train nothing")
+    p.add_argument("--step", type=int, metavar="N", help="with --dry-run: also what step N will see: images, mirrored or not, and captions")
     p.add_argument("--json", action="store_true", help="with --dry-run: as JSON")
     p.set_defaults(call=_train)
 

@@ -89,9 +89,12 @@ class Studio:
         tick: Callable[[], None] | None = None,
     ) -> list[Image]:
         """One picture for each prompt and seed, `size` (width, height) or the base's own; `tick` runs after each denoising step."""
+        from trainer.kernels import widened
+
         width, height = (s or self.native for s in size)
         more = {"negative": negative, "steps": steps, "guidance": guidance, "size": (width, height), "tick": tick}
-        return self.family.sample(self.models, prompts, seeds, **more)
+        with widened.where_needed(self.hardware.device, self.hardware.dtype):
+            return self.family.sample(self.models, prompts, seeds, **more)
 
 
 def _wearable(lora: Path, family: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 from trainer import randomness
 from trainer.config import DataConfig, TrainConfig
@@ -21,11 +22,13 @@ from trainer.data.scan import Image, scan
 
 @dataclass(frozen=True)
 class Row:
-    """One image in one step: index into `Plan.images`, mirrored or not, index into `Plan.captions`."""
+    """One image in one step: index into `Plan.images`, mirrored or not, index into `Plan.captions`; `prior`: that of what it says of the
+    class (loss.prior_weight), or None."""
 
     image: int
     flip: bool
     caption: int
+    prior: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Plan:
     """What a run will do.
 
     Attributes:
-        images: training images; placements: where each is cropped, in the same order.
-        held_out: images of the validation folders, with their placements.
+        images: training images, those of the class (kind prior) last; placements: where each is cropped, in the same order.
+        held_out: images of the validation folders, or held out of the training images, with their placements.
         steps: for each optimizer step the rows of its batch, all of one bucket.
         captions: every caption that the steps will draw, once each.
         resolution: side of the trained area's square in pixels.
@@ -69,7 +72,14 @@ def make(config: TrainConfig, native_resolution: int, family: str | None = None)
     found = scan(config.data)
     warnings = list(found.warnings)
     kinds = [d.kind for d in config.data]
-    groups = {k: [i for i in found.images if kinds[i.source] == k] for k in ("train", "validation")}
+    groups = {k: [i for i in found.images if kinds[i.source] == k] for k in ("train", "validation", "prior")}
+    if config.loss.prior_weight and (lacking := [k + 1 for k, d in enumerate(config.data) if d.kind == "train" and not d.class_word]):
+        raise ValueError(
+            f"loss.prior_weight is {config.loss.prior_weight:g}, which keeps what the base says of the class word, and data.{lacking[0]} has "
+            "none. Set class_word there (`woman`, `dog`), or loss.prior_weight to 0."
+        )
+    groups["validation"] += _hold_out(config, groups)
+    groups["train"] += groups.pop("prior")
     placed = {
         kind: tuple(
             place(
@@ -78,6 +88,7 @@ def make(config: TrainConfig, native_resolution: int, family: str | None = None)
                 step=step,
                 max_aspect=config.dataset.max_aspect,
                 batch_size=config.train.batch_size,
+                focus=[i.focus for i in images],
             )
         )
         for kind, images in groups.items()
@@ -106,7 +117,26 @@ def make(config: TrainConfig, native_resolution: int, family: str | None = None)
     return Plan(images, placements, tuple(groups["validation"]), placed["validation"], steps, tuple(known), resolution, tuple(warnings))
 
 
+HOLD_OUT_FROM, HOLD_OUT_SHARE, HOLD_OUT_MOST = 20, 1 / 20, 8
+
+
+def _hold_out(config: TrainConfig, groups: dict[str, list[Image]]) -> list[Image]:
+    """Take the images out of `groups["train"]` that are held out instead. Copies of an image that is trained on never are."""
+    images, wanted = groups["train"], config.dataset.hold_out
+    if wanted is None:
+        few = len(images) < HOLD_OUT_FROM or groups["validation"] or not config.validation.enabled
+        wanted = 0 if few else min(HOLD_OUT_MOST, round(len(images) * HOLD_OUT_SHARE))
+    once = Counter(i.digest for i in images)
+    single = sorted((i for i in images if once[i.digest] == 1), key=lambda i: i.digest)
+    if (wanted and wanted >= max(2, len(images))) or wanted > len(single):
+        raise ValueError(f"dataset.hold_out is {wanted}; {len(images)} images are there, and some must be left to train on. Lower it.")
+    chosen = {i.digest for i in randomness.host(config.train.seed, 0, "hold out").sample(single, wanted)}
+    groups["train"] = [i for i in images if i.digest not in chosen]
+    return [i for i in images if i.digest in chosen]
+
+
 def visits(config: TrainConfig, source: DataConfig) -> int:
+    """How often each image of a folder of kind train is seen, or one of any kind that says it."""
     return source.visits or config.train.visits
 
 
@@ -170,17 +200,50 @@ def _times(config: TrainConfig, images: Sequence[Image], placements: Sequence[Pl
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for k, p in enumerate(placements):
         buckets[p.width, p.height].append(k)
+    sources = [config.data[i.source] for i in images]
+    subject, classes = ([s for s in sources if (s.kind == "prior") == prior] for prior in (False, True))
+    even = -(-sum(visits(config, s) for s in subject) // max(1, len(classes)))  # so that the class is seen as often as the subject
     for _, members in sorted(buckets.items()):
-        yield {k: visits(config, config.data[images[k].source]) for k in members}
+        yield {k: even if sources[k].kind == "prior" and not sources[k].visits else visits(config, sources[k]) for k in members}
 
 
 def _draw(config: TrainConfig, n: int, batch: Sequence[int], images: Sequence[Image], known: dict[str, int]) -> tuple[Row, ...]:
     flips, words = randomness.host(config.train.seed, n, "flip"), randomness.host(config.train.seed, n, "caption")
     rows = []
     for k in batch:
-        text = captions.draw(images[k].caption, config.data[images[k].source].trigger, config.dataset, words)
-        rows.append(Row(k, config.dataset.flip and flips.random() < 0.5, known.setdefault(text, len(known))))
+        source = config.data[images[k].source]
+        text = captions.draw(images[k].caption, source, config.dataset, words)
+        prior = None
+        if config.loss.prior_weight and source.kind == "train":
+            prior = known.setdefault(captions.as_class(text, source.trigger, source.class_word), len(known))
+        rows.append(Row(k, config.dataset.flip and flips.random() < 0.5, known.setdefault(text, len(known)), prior))
     return tuple(rows)
+
+
+def seen(laid: Plan, config: TrainConfig, step: int) -> list[dict[str, Any]]:
+    """What step `step` (the first is 1) really sees, a row for each image of its batch.
+
+    `file` (Path), `caption`, `mirrored`, `crop` (left, top, width, height in shares of the image), `bucket` (pixels), `masked`, `weight` in
+    the loss, `prior` (what it says of the class, or None).
+    Raises ValueError for a step that the run does not have.
+    """
+    if not 1 <= step <= len(laid.steps):
+        raise ValueError(f"step is {step}; this run has steps 1 to {len(laid.steps)}.")
+    rows = []
+    for row in laid.steps[step - 1]:
+        image, spot = laid.images[row.image], laid.placements[row.image]
+        left, top, right, bottom = spot.box
+        rows.append({
+            "file": image.path,
+            "caption": laid.captions[row.caption],
+            "mirrored": row.flip,
+            "crop": [left / image.width, top / image.height, (right - left) / image.width, (bottom - top) / image.height],
+            "bucket": [spot.width, spot.height],
+            "masked": image.mask is not None and config.dataset.masks != "off",
+            "weight": config.data[image.source].weight,
+            "prior": None if row.prior is None else laid.captions[row.prior],
+        })  # fmt: skip
+    return rows
 
 
 def preview_prompts(config: TrainConfig, images: Sequence[Image]) -> tuple[str, ...]:

@@ -84,6 +84,7 @@ def train(
         imports.light()
     import torch
 
+    from trainer.kernels import widened
     from trainer.processes import Processes
 
     run, started = RunDir(root), time.time()
@@ -118,7 +119,8 @@ def train(
             room.choice = processes.agree(room.choice)
             while True:
                 try:
-                    outcome, step = _train(config, run, hardware, processes, emit, resume, visits, interrupted, room)
+                    with widened.where_needed(hardware.device, hardware.dtype):
+                        outcome, step = _train(config, run, hardware, processes, emit, resume, visits, interrupted, room)
                     break
                 except torch.OutOfMemoryError:
                     if processes.size > 1 or not room.shrink(emit):
@@ -447,8 +449,9 @@ def _measures(config: TrainConfig, laid: plan.Plan, store: Any, trained: Contain
     out = {}
     for kind, images, placements in (("train", laid.images, laid.placements), ("held_out", laid.held_out, laid.held_out_placements)):
         if images:
-            limit = min(len(images), config.validation.images) if kind == "train" else len(images)
-            chosen = sorted(randomness.host(config.train.seed, 0, "validation images").sample(range(len(images)), limit))
+            subject = [k for k, i in enumerate(images) if config.data[i.source].kind != "prior"]
+            limit = min(len(subject), config.validation.images) if kind == "train" else len(subject)
+            chosen = sorted(randomness.host(config.train.seed, 0, "validation images").sample(subject, limit))
             out[kind] = validation.FixedLoss(
                 store.family,
                 store.models,
@@ -473,7 +476,7 @@ def _facts(
     folders = [
         Folder(d.folder.name, len(captions), plan.visits(config, d), captions)
         for k, d in enumerate(config.data)
-        if (captions := tuple(i.caption for i in ready.plan.images if i.source == k))
+        if d.kind == "train" and (captions := tuple(i.caption for i in ready.plan.images if i.source == k))
     ]
     return Facts(
         base=config.model.source if ready.source != sources.DEMO else "LoRA Atelier demo base",

@@ -23,7 +23,8 @@ class Batch:
     """Rows of one bucket.
 
     `mean`, `std`: (B, C, h, w) of the latents; `weight` (B,) in the loss; `text`: for each text encoder its states, or the tokens that
-    it is to read at each step; `size`: (B, 6) of families that are told the image's size.
+    it is to read at each step; `size`: (B, 6) of families that are told the image's size; `mask`: (B, 1, h, w) weights of the latents in the
+    loss, their mean 1 in each row; `prior`: what the rows say of the class, as `text`.
     """
 
     mean: torch.Tensor
@@ -31,13 +32,16 @@ class Batch:
     weight: torch.Tensor
     text: dict[str, States | Tokens]
     size: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    prior: dict[str, States | Tokens] | None = None
 
     def rows(self, index: torch.Tensor, valid: torch.Tensor) -> Batch:
         """Rows `index`, those that are not `valid` (an empty slot of a process) with weight 0."""
         take = [x.index_select(0, index) for x in (self.mean, self.std)]
         text = {part: told.rows(index) for part, told in self.text.items()}
-        size = None if self.size is None else self.size.index_select(0, index)
-        return Batch(*take, self.weight.index_select(0, index) * valid, text, size)
+        prior = self.prior and {part: told.rows(index) for part, told in self.prior.items()}
+        size, mask = (None if x is None else x.index_select(0, index) for x in (self.size, self.mask))
+        return Batch(*take, self.weight.index_select(0, index) * valid, text, size, mask, prior)
 
 
 Slots = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -182,14 +186,28 @@ class Step:
             self.grads(n, batch.rows(index, valid), draws.rows(index), total_weight)
 
     def grads(self, n: int, batch: Batch, draws: Draws, total_weight: torch.Tensor | float) -> None:
-        """Add the gradient of sum(weight * loss) / `total_weight` over these rows."""
+        """Add the gradient of sum(weight * loss) / `total_weight` over these rows.
+
+        With prior preservation (Ruiz et al. 2022, arXiv:2208.12242, section 3.2, with the base's own prediction in the place of pictures that
+        it has made) a second term keeps what the model says of the class, of the same noisy latents, what it is without the adapter.
+        """
         models, family = self.models, self.family
         latents = batch.mean + batch.std * draws.posterior
         noisy, target = family.process(models, latents, draws.noise, draws.t)
+        weight = batch.weight * family.weight(models, draws.t, self.config.loss.min_snr_gamma) / total_weight
         cond = condition(family, models, batch.text, batch.size, self.active(n))
-        error = (family.predict(models, noisy, draws.t, cond) - target).square().mean((1, 2, 3))
-        weight = batch.weight * family.weight(models, draws.t, self.config.loss.min_snr_gamma)
-        loss = (error * weight).sum() / total_weight
+        self._learn(family.predict(models, noisy, draws.t, cond), target, weight, batch.mask)
+        if batch.prior is not None:
+            with self.adapter.disabled(), torch.no_grad():
+                cond = condition(family, models, batch.prior, batch.size)
+                target = family.predict(models, noisy, draws.t, cond)
+            cond = condition(family, models, batch.prior, batch.size, self.active(n))
+            self._learn(family.predict(models, noisy, draws.t, cond), target, weight * self.config.loss.prior_weight, None)
+
+    def _learn(self, predicted: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Add the gradient of sum(weight * mean squared error), the mean weighted by the mask."""
+        square = (predicted - target).square()
+        loss = ((square if mask is None else square * mask).mean((1, 2, 3)) * weight).sum()
         (loss * self.scale.scale if self.scale else loss).backward()
         self.loss += loss.detach()
         if self.weights:

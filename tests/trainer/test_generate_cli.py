@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer import __main__ as program
+from trainer import plan
 from trainer.families import sources
 from trainer.families.sources import DEMO
 
@@ -256,6 +257,21 @@ def test_a_dry_run_without_a_folder_writes_nothing_either(cli, config, tmp_path)
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert "7 to train, 0 held out" in lines["Images"] and "8 visits to each image" in lines["Steps"]
     assert lines["Part"].split()[1] == "text_1:" and "8 steps" in lines["Part"]  # of 16
+
+
+def test_a_dry_run_says_what_one_step_will_see(cli, config, configure):
+    asked = "--dry-run", "--set", "dataset.shuffle_tags=true", "--set", "dataset.flip=true"
+    code, out, _ = cli("train", config, *asked, "--step", "3", "--json")
+    rows = json.loads(out)["step"]
+    laid = plan.make(configure({"dataset.shuffle_tags": True, "dataset.flip": True}), 128)  # what trains
+    assert code == 0
+    for row, planned in zip(rows, laid.steps[2], strict=True):
+        assert row["file"] == str(laid.images[planned.image].path)
+        assert (row["caption"], row["mirrored"]) == (laid.captions[planned.caption], planned.flip)
+    _, out, _ = cli("train", config, *asked, "--step", "3")
+    assert all(f"{row['file']}{', mirrored' * row['mirrored']}: {row['caption']}" in out for row in rows)
+    code, _, err = cli("train", config, "--dry-run", "--step", "9000")
+    assert code and "step is 9000; this run has steps 1 to" in err
 
 
 def test_a_part_that_is_not_trained_is_not_listed(cli, config):

@@ -359,3 +359,60 @@ def test_the_bucket_step_is_one_of_the_family(configure, pictures):
     assert {
         w % 16 or h % 16 for w, h in plan.make(configure(data | {"dataset.resolution": 64, "dataset.bucket_step": ""}), 64, "sd3").buckets()
     } == {0}
+
+
+# What the desk adds: the class beside the subject, images that are held out, the point that stays in sight
+
+
+def test_images_of_the_class_are_seen_as_often_as_the_subject_and_without_its_trigger(configure, draw_pictures, tmp_path):
+    folders = [
+        {"folder": str(draw_pictures(tmp_path / "a", [(64, 64)] * 4, 1)), "trigger": "zorp", "class_word": "owl"},
+        {"folder": str(draw_pictures(tmp_path / "b", [(64, 64)] * 3, 2)), "kind": "prior", "trigger": "zorp", "weight": 0.5},
+    ]
+    for path in (tmp_path / "b").glob("*.txt"):
+        path.write_text("an owl", encoding="utf-8")
+    config = configure({"data": folders, "train.visits": 6})
+    laid = plan.make(config, 128)
+    seen = counts(laid)
+    assert [seen[k] for k in range(4)] == [6] * 4 and [seen[k] for k in range(4, 7)] == [8] * 3
+    assert {laid.captions[r.caption] for rows in laid.steps for r in rows if r.image >= 4} == {"an owl"}
+    assert len(laid.steps) == plan.length(laid, config)
+
+
+def test_images_are_held_out_when_asked_for_or_from_twenty_on_and_never_trained(configure, draw_pictures, tmp_path):
+    few, many = draw_pictures(tmp_path / "few", [(64, 64)] * 19, 1), draw_pictures(tmp_path / "many", [(64, 64)] * 45, 2)
+
+    def laid(folder, **changes):
+        return plan.make(configure({"data": [{"folder": str(folder)}], **changes}), 128)
+
+    on = {"validation.enabled": True}
+    assert not laid(few, **on).held_out and not laid(many).held_out
+    assert len(laid(many, **on).held_out) == 2 and len(laid(few, **on, **{"dataset.hold_out": 3}).held_out) == 3
+    found = laid(many, **on)
+    assert not {i.digest for i in found.images} & {i.digest for i in found.held_out} and len(found.images) == 43
+    assert [i.path for i in laid(many, **on).held_out] == [i.path for i in found.held_out]
+    with pytest.raises(ValueError, match=r"dataset\.hold_out is 19; 19 images are there"):
+        laid(few, **{"dataset.hold_out": 19})
+    for path in sorted(few.glob("*.png"))[1:]:
+        path.write_bytes((few / "00.png").read_bytes())
+    with pytest.raises(ValueError, match="Lower it"):
+        laid(few, **{"dataset.hold_out": 1})  # copies are not held out
+
+
+def test_prior_preservation_needs_a_class_word(configure, pictures):
+    with pytest.raises(ValueError, match=r"data\.1 has none"):
+        plan.make(configure({"loss.prior_weight": 1.0}), 128)
+
+
+def test_a_step_says_what_it_sees(configure, draw_pictures, tmp_path):
+    folder = draw_pictures(tmp_path / "a", [(64, 64), (128, 64)])
+    data = [{"folder": str(folder), "trigger": "zorp", "class_word": "owl"}]
+    config = configure({"data": data, "loss.prior_weight": 1.0, "dataset.max_aspect": 1.0, "train.batch_size": 2, "dataset.flip": True})
+    (folder / "crops.json").write_text('{"01.png": [0.9, 0.5]}')
+    laid = plan.make(config, 128)
+    rows = {r["file"].name: r for r in plan.seen(laid, config, 1)}
+    assert rows["01.png"]["crop"] == [0.5, 0, 0.5, 1] and rows["00.png"]["crop"] == [0, 0, 1, 1]
+    assert rows["00.png"]["caption"] == "zorp, thing 0, red, small" and rows["00.png"]["prior"] == "owl, thing 0, red, small"
+    assert [r["mirrored"] for r in plan.seen(laid, config, 1)] == [r.flip for r in laid.steps[0]]
+    with pytest.raises(ValueError, match="step is 0; this run has steps 1 to"):
+        plan.seen(laid, config, 0)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import PIL.Image
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -20,6 +21,7 @@ from trainer.step import LossScale, Step
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 TARGETS = ["attention", "feed_forward", "projections", "convolutions"]
+WHOLE = torch.ones(1)
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def alphas_cumprod():
     return torch.cumprod(1 - betas, 0)
 
 
-def reference(made, n, draws):
+def reference(made, n, draws, masks=WHOLE, classes=None):
     """Loss of step n and its gradient for each adapter tensor, {name: tensor}, by plain models in float64 with W + alpha/rank * up @ down."""
     config, captions = made.config, made.plan.captions
     unet = UNet2DConditionModel.from_pretrained(DEMO / "unet").double()
@@ -77,9 +79,12 @@ def reference(made, n, draws):
 
     rows = made.plan.steps[n]
     tokenizer = CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
-    words = [captions[r.caption] for r in rows]
-    tokens = tokenizer(words, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
-    hidden = functional_call(text, merged["text_1"], (tokens,)).last_hidden_state
+
+    def read(words, weights):
+        tokens = tokenizer(words, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+        return functional_call(text, weights, (tokens,)).last_hidden_state
+
+    hidden = read([captions[r.caption] for r in rows], merged["text_1"])
 
     batch, t = made.store.batch(n), draws.t
     x0 = batch.mean.double() + batch.std.double() * draws.posterior.double()
@@ -89,7 +94,14 @@ def reference(made, n, draws):
     v = config.model.prediction == "v_prediction"
     target = a**0.5 * noise - (1 - a) ** 0.5 * x0 if v else noise
     guess = functional_call(unet, merged["unet"], (xt, t, hidden)).sample
-    error = ((guess - target) ** 2).flatten(1).mean(1)
+    error = ((guess - target) ** 2 * masks.double()).flatten(1).mean(1)
+    if config.loss.prior_weight:  # what the model says of the class is to be what it says without the adapter
+        words = [classes[captions[r.caption]] for r in rows]
+        base_text, base_unet = (dict(m.named_parameters()) for m in (text, unet))
+        with torch.no_grad():
+            before = functional_call(unet, base_unet, (xt, t, read(words, base_text))).sample
+        after = functional_call(unet, merged["unet"], (xt, t, read(words, merged["text_1"]))).sample
+        error = error + config.loss.prior_weight * ((after - before) ** 2).flatten(1).mean(1)
     snr = (a / (1 - a)).flatten()
     factor = torch.ones_like(snr)
     if config.loss.min_snr_gamma is not None:
@@ -128,6 +140,61 @@ def test_loss_and_gradients_equal_a_float64_reference(gamma, prediction, build, 
     for name, grad in grads.items():
         apart = float((live[name].double() - grad).norm() / grad.norm())
         assert apart < 1e-4, f"{name} is {apart:.1e} apart"
+
+
+def check(made, n, masks=WHOLE, classes=None):
+    batch = made.store.batch(n)
+    draws = made.step.begin(n, batch)
+    made.step.grads(n, batch, draws, made.store.total_weight[n])
+    loss, grads = reference(made, n, draws, masks, classes)
+    assert float(made.step.loss) == pytest.approx(loss, rel=1e-5)
+    live = {name: p.grad for part in ("unet", "text_1") for name, p in named(made.adapter, part)}
+    for name, grad in grads.items():
+        apart = float((live[name].double() - grad).norm() / grad.norm())
+        assert apart < 1e-4, f"{name} is {apart:.1e} apart"
+
+
+@pytest.mark.parametrize("how", ["file", "alpha"])
+def test_a_mask_weighs_the_loss_and_its_area_does_not(how, build, draw_pictures, tmp_path):
+    """The left quarter of each odd image counts, the rest a fifth as much; the mean of the weights is 1."""
+    folder = draw_pictures(tmp_path / "a", [(64, 64)] * 4)
+    grey = PIL.Image.new("L", (64, 64), 0)
+    grey.paste(255, (0, 0, 16, 64))
+    for k in (1, 3):
+        if how == "file":
+            grey.save(folder / f"{k:02}-masklabel.png")
+        else:
+            picture = PIL.Image.open(folder / f"{k:02}.png")
+            picture.putalpha(grey)
+            picture.save(folder / f"{k:02}.png")
+    changes = {"data": [{"folder": str(folder)}], "dataset.unmasked_weight": 0.2, "dataset.flip": True}
+    made = build(changes | {"dataset.masks": {"file": "auto", "alpha": "alpha"}[how]})
+    n = next(n for n, rows in enumerate(made.plan.steps) if {r.flip for r in rows if r.image % 2} == {False, True})
+    weights = torch.full((1, 8, 8), 0.2)
+    weights[..., :2] = 1
+    weights /= 0.4  # a quarter of 1 and three of .2
+    plain = torch.ones(1, 8, 8)
+    masks = torch.stack([plain if r.image % 2 == 0 else weights.flip(-1) if r.flip else weights for r in made.plan.steps[n]])
+    check(made, n, masks)
+    assert build(changes | {"dataset.masks": "off"}).store.batch(n).mask is None
+
+
+def test_prior_preservation_equals_its_formula_and_does_nothing_at_the_start(build, draw_pictures, tmp_path):
+    folder = draw_pictures(tmp_path / "a", [(64, 64)] * 4)
+    data = [{"folder": str(folder), "trigger": "zorp", "class_word": "owl"}]
+    made = build({"data": data, "loss.prior_weight": 0.7})
+    classes = {f"zorp, thing {k}, red, small": f"owl, thing {k}, red, small" for k in range(4)}
+    check(made, 0, classes=classes)
+    with made.adapter.disabled():
+        batch = made.store.batch(0)
+        draws = made.step.begin(0, batch)
+        made.step.grads(0, batch, draws, made.store.total_weight[0])
+        alone = build({"data": data})
+        alone.step.grads(0, alone.store.batch(0), draws, alone.store.total_weight[0])
+    with alone.adapter.disabled():
+        alone.step.begin(0, batch)
+        alone.step.grads(0, alone.store.batch(0), draws, alone.store.total_weight[0])
+    assert float(made.step.loss) == pytest.approx(float(alone.step.loss), rel=1e-6)
 
 
 def named(adapter, part):

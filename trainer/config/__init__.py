@@ -69,11 +69,17 @@ class DataConfig(Strict):
     """One folder of images."""
 
     folder: Path
-    kind: Literal["train", "validation"] = "train"
+    kind: Literal["train", "prior", "validation"] = Field(
+        "train",
+        description="prior: images of the class (regularisation), trained with their own captions and no trigger; validation: held out",
+    )
     visits: int | None = Field(None, ge=1, description="how often each image is seen; None takes train.visits")
     weight: float = Field(1.0, gt=0, le=100, description="weight of these images in the loss")
     trigger: str = Field("", description="word put first in every caption that lacks it")
     class_word: str = Field("", description="what it is (`woman`, `dog`): the caption of images without one is `trigger class_word`")
+    several_captions: bool = Field(False, description="each line of a caption file is a caption of its own, one is drawn at each visit")
+    prefix: str = Field("", description="put before every caption of this folder")
+    suffix: str = Field("", description="put behind every caption of this folder")
 
 
 class DatasetConfig(Strict):
@@ -87,6 +93,16 @@ class DatasetConfig(Strict):
     background: str = Field("#ffffff", description="colour put behind transparent images, `#rrggbb`")
     shuffle_tags: bool = Field(False, description="shuffle the comma-separated parts of a caption at each visit")
     keep_tags: int = Field(1, ge=0, description="this many leading parts stay in place (and are never dropped)")
+    keep_separator: str = Field("", description="parts before this mark (such as `|||`) stay in place, too; the mark itself vanishes")
+    wildcards: bool = Field(False, description="{red|blue} in a caption gives one of them at each visit")
+    masks: Literal["auto", "alpha", "off"] = Field(
+        "auto",
+        description="auto: `NAME-masklabel.png` beside an image weighs its loss; alpha: so does transparency where there is none; off: neither",
+    )
+    unmasked_weight: float = Field(0.1, ge=0, le=1, description="weight of the loss outside of a mask; inside it is 1")
+    hold_out: int | None = Field(
+        None, ge=0, description="training images that are held out for validation instead; None: 1 in 20 from 20 images on, at most 8"
+    )
     caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of visits with an empty caption")
     tag_dropout: float = Field(0.0, ge=0, lt=1, description="share of the movable parts left out at each visit")
     text_windows: int = Field(
@@ -245,8 +261,14 @@ class ScheduleConfig(Strict):
 
 
 class LossConfig(Strict):
-    """How the loss is weighted over the timesteps. The last four are for flow matching (SD3) alone, the first for the others."""
+    """What the loss is. The last four are for flow matching (SD3) alone, min-SNR and the noise offset for the others."""
 
+    prior_weight: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="prior preservation without images: weight of keeping what the base says of the class word; 0 switches it off",
+    )
     min_snr_gamma: float | None = Field(5.0, gt=0, description="min-SNR weighting (arXiv:2303.09556); None switches it off")
     noise_offset: float = Field(0.0, ge=0, le=1, description="adds this much noise that is constant over each channel of a latent")
     timesteps: Literal["logit_normal", "uniform"] = Field("logit_normal", description="SD3: how timesteps are drawn (arXiv:2403.03206)")

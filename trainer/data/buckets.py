@@ -22,7 +22,7 @@ class Placement:
 
     width: int  # of the bucket, in pixels
     height: int
-    box: tuple[float, float, float, float]  # left, top, right, bottom in source pixels: centred, of the bucket's aspect
+    box: tuple[float, float, float, float]  # left, top, right, bottom in source pixels, of the bucket's aspect
     scale: float  # bucket pixels per source pixel; above 1 the image is enlarged
     kept: float  # share of the image's area inside the box, (0, 1]
 
@@ -42,19 +42,27 @@ def step_of(resolution: int, wanted: int | None = None, family: str | None = Non
     return step
 
 
-def place(sizes: Sequence[Size], *, resolution: int, step: int, max_aspect: float, batch_size: int) -> list[Placement]:
+def place(
+    sizes: Sequence[Size],
+    *,
+    resolution: int,
+    step: int,
+    max_aspect: float,
+    batch_size: int,
+    focus: Sequence[tuple[float, float]] | None = None,
+) -> list[Placement]:
     """One placement for each (width, height) in pixels, in the same order; no image is left out, whatever its shape.
 
     An image goes to the bucket that keeps the most of it. Where fewer than `batch_size` images share a bucket, each moves
     on to the fullest bucket that has at least as many images and keeps at most MERGE_LOSS less of it. The result doesn't
-    depend on the order of `sizes`.
+    depend on the order of `sizes`. What is seen of an image lies round its point of `focus` (shares of its sides), or round its centre.
 
     Raises ValueError if `step` is larger than `resolution`, so that no bucket exists.
     """
     buckets = candidates(resolution, step, max_aspect)
     best = {size: max((_kept(size, b), b[0] * b[1], b) for b in buckets)[-1] for size in set(sizes)}
     chosen = _merge([best[size] for size in sizes], sizes, batch_size)
-    return [_placement(size, bucket) for size, bucket in zip(sizes, chosen, strict=True)]
+    return [_placement(size, bucket, point) for size, bucket, point in zip(sizes, chosen, focus or [(0.5, 0.5)] * len(sizes), strict=True)]
 
 
 def candidates(resolution: int, step: int, max_aspect: float) -> list[Size]:
@@ -106,8 +114,15 @@ def _merge(wanted: Sequence[Size], sizes: Sequence[Size], batch_size: int) -> li
     return chosen
 
 
-def _placement(size: Size, bucket: Size) -> Placement:
+def _placement(size: Size, bucket: Size, focus: tuple[float, float]) -> Placement:
     (width, height), (w, h) = size, bucket
     wide = width * h >= height * w  # the image is the wider of the two: its sides go
-    left, top = ((width - height * w / h) / 2, 0.0) if wide else (0.0, (height - width * h / w) / 2)
-    return Placement(w, h, (left, top, width - left, height - top), h / height if wide else w / width, _kept(size, bucket))
+    seen = (height * w / h, float(height)) if wide else (float(width), width * h / w)
+    left, top = (_start(whole, part, point) for whole, part, point in zip(size, seen, focus, strict=True))
+    box = left, top, min(left + seen[0], width), min(top + seen[1], height)
+    return Placement(w, h, box, h / height if wide else w / width, _kept(size, bucket))
+
+
+def _start(whole: int, part: float, point: float) -> float:
+    """Where a piece of length `part` begins that has `point` (a share of `whole`) in its middle, or as near as it can."""
+    return min(max(point * whole - part / 2, 0.0), max(whole - part, 0.0))

@@ -1,13 +1,16 @@
 """What the folders hold: every image, proven to decode, with its caption. Nothing is written.
 
 Images of a folder and of the folders in it count, in the order of their names; hidden ones and masks
-(`*-masklabel.png`) don't. The caption of `a.png` stands in `a.png.txt`, `a.txt` or `a.caption`, the first that exists.
+(`*-masklabel.png`) don't. The caption of `a.png` stands in `a.png.txt`, `a.txt` or `a.caption`, the first that exists, its mask in
+`a-masklabel.png` (white counts, black does not). `crops.json` in the folder itself says which point of an image stays in sight where it is
+cropped: {"a.png": [0.5, 0.2]}, from its left and its top in shares of its sides.
 """
 
 from __future__ import annotations
 
 import codecs
 import hashlib
+import json
 import os
 import re
 import unicodedata
@@ -28,6 +31,9 @@ _OTHER = ".avif .gif .tif .tiff .heic .heif .jfif .jp2 .jxl .psd .tga .svg .dng 
 OTHER_SUFFIXES = frozenset(_OTHER.split()) - {*SUFFIXES}  # images that are named in a warning, not read
 LEAST_SIDE = 16
 MASK = "-masklabel.png"
+CROPS = "crops.json"
+CENTRE = (0.5, 0.5)
+MASK_ASPECT = 0.02  # by which a mask's aspect may differ from its image's
 
 
 class DataError(ValueError):
@@ -46,9 +52,12 @@ class Image:
     digest: str  # SHA-256 of the file, 64 hex digits
     width: int  # in pixels, upright (after EXIF rotation)
     height: int
-    caption: str  # with the trigger in it; before dropout and shuffling; may be empty
+    caption: str  # with the trigger in it; before dropout and shuffling; may be empty; several, one a line, where the folder has such
     source: int  # index of its folder in config.data
     has_caption: bool  # False if there is no text beside the image, so that trigger and class word stand in
+    mask: Path | None = None
+    mask_digest: str = ""  # as of the image
+    focus: tuple[float, float] = CENTRE  # the point that stays in sight, in shares of width and height
 
 
 @dataclass(frozen=True)
@@ -64,22 +73,39 @@ def scan(data: Sequence[DataConfig], *, kind: str | None = None) -> Scan:
     """
     problems: list[str] = []
     warnings: list[str] = []
-    found: list[tuple[int, Path, str, bool]] = []
+    found: list[tuple[int, Found]] = []
     for source, entry in enumerate(data):
         if kind in (None, entry.kind):
-            captioned = _read_folder(entry, f"data.{source + 1}.folder", problems, warnings)
-            found += [(source, *each) for each in captioned]
+            found += [(source, each) for each in _read_folder(entry, f"data.{source + 1}.folder", problems, warnings)]
     images = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        inspected = pool.map(inspect, [path for _, path, _, _ in found])
-        for (source, path, caption, has_caption), result in zip(found, inspected, strict=True):
+        inspected = pool.map(inspect, [each.path for _, each in found])
+        masks = pool.map(lambda mask: mask and inspect(mask), [each.mask for _, each in found])
+        for (source, each), result, mask in zip(found, inspected, masks, strict=True):
             if isinstance(result, str):
-                problems.append(f"{path} {result}")
+                problems.append(f"{each.path} {result}")
+            elif isinstance(mask, str):
+                problems.append(f"{each.mask} {mask}")
+            elif mask and abs(mask[1] * result[2] / (mask[2] * result[1]) - 1) > MASK_ASPECT:
+                sides = f"{mask[1]} x {mask[2]} pixels, of another shape than {each.path.name} ({result[1]} x {result[2]})"
+                problems.append(f"{each.mask} has {sides}. Make it as wide and high as the image, or remove it.")
             else:
-                images.append(Image(path, *result, caption, source, has_caption))
+                digest = mask[0] if mask else ""
+                images.append(Image(each.path, *result, each.caption, source, each.has_caption, each.mask, digest, each.focus))
     if problems:
         raise DataError(problems)
     return Scan(tuple(images), tuple(warnings))
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder says of one image, which was not opened yet; the fields are those of Image."""
+
+    path: Path
+    caption: str
+    has_caption: bool
+    mask: Path | None
+    focus: tuple[float, float]
 
 
 def listing(folder: Path, field: str = "folder") -> list[tuple[Path, Path | None, str]]:
@@ -96,8 +122,8 @@ def listing(folder: Path, field: str = "folder") -> list[tuple[Path, Path | None
     return [(p, s, decode(s.read_bytes())[0]) if (s := sidecars.get(p)) else (p, None, "") for p in paths]
 
 
-def _read_folder(entry: DataConfig, field: str, problems: list[str], warnings: list[str]) -> list[tuple[Path, str, bool]]:
-    """(path, caption, has_caption) of each image of a folder; what is wrong or odd is added to the lists."""
+def _read_folder(entry: DataConfig, field: str, problems: list[str], warnings: list[str]) -> list[Found]:
+    """Each image of a folder; what is wrong or odd is added to the lists."""
     folder = entry.folder.expanduser()
     files = list_files(folder, field, problems)
     if files is None:
@@ -125,7 +151,7 @@ def _read_folder(entry: DataConfig, field: str, problems: list[str], warnings: l
                 f"{where}: {_names(images, folder)} share the caption in {sidecar.name}. If that is wrong, give each its own: {own}."
             )
         try:
-            texts[sidecar], utf8 = decode(sidecar.read_bytes())
+            texts[sidecar], utf8 = decode(sidecar.read_bytes(), lines=entry.several_captions)
         except OSError as error:
             problems.append(f"{sidecar} cannot be read ({error.strerror}); make the file readable for you.")
             continue
@@ -138,16 +164,38 @@ def _read_folder(entry: DataConfig, field: str, problems: list[str], warnings: l
         )
 
     trigger, class_word = " ".join(entry.trigger.split()), " ".join(entry.class_word.split())
+    masks = {(f.parent, f.name.lower()): f for f in files if f.name.lower().endswith(MASK)}
+    focus = read_crops(folder, problems)
     captioned = []
     for path in paths:
         text = texts.get(sidecars.get(path), "")
-        captioned.append((path, with_trigger(text, trigger, class_word), bool(text)))
-    if empty := [path for path, caption, _ in captioned if not caption]:
+        caption = with_trigger(text, trigger if entry.kind != "prior" else "", class_word)
+        mask = masks.get((path.parent, f"{path.stem}{MASK}".lower()))
+        captioned.append(Found(path, caption, bool(text), mask, focus.get(path.relative_to(folder).as_posix(), CENTRE)))
+    if empty := [found.path for found in captioned if not found.caption]:
         warnings.append(
             f"{where}: {len(empty)} of {len(paths)} images have an empty caption: {_names(empty, folder)}. "
             f"Write one into a .txt file of the same name, or set trigger or class_word of this folder."
         )
     return captioned
+
+
+def read_crops(folder: Path, problems: list[str]) -> dict[str, tuple[float, float]]:
+    """What `crops.json` of a folder says, by the images' paths relative to it; nothing where there is none."""
+    path = folder / CROPS
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        found = {str(name): (float(x), float(y)) for name, (x, y) in told.items()}
+        if all(0 <= v <= 1 for point in found.values() for v in point):
+            return found
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    problems.append(
+        f'{path} must be like {{"image.png": [0.5, 0.2]}}, a point of each image in shares of its sides. Mend it, or delete it.'
+    )
+    return {}
 
 
 def list_files(folder: Path, field: str, problems: list[str], limit: int | None = None) -> list[Path] | None:
@@ -200,13 +248,15 @@ def sidecars_of(paths: Sequence[Path], files: Sequence[Path]) -> dict[Path, Path
     return found
 
 
-def decode(raw: bytes) -> tuple[str, bool]:
-    """A caption's bytes as text on one line with single spaces, and whether they were UTF-8."""
+def decode(raw: bytes, lines: bool = False) -> tuple[str, bool]:
+    """A caption's bytes as text on one line with single spaces (with `lines`, each line for itself), and whether they were UTF-8."""
     try:
         text, utf8 = raw.decode("utf-8-sig"), True
     except UnicodeDecodeError:
         marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text, utf8 = raw.decode("utf-16" if marked else "cp1252", errors="replace"), False
+    if lines:
+        return "\n".join(line for line in (" ".join(line.split()) for line in text.splitlines()) if line), utf8
     return " ".join(text.split()), utf8
 
 

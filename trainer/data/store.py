@@ -8,15 +8,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import PIL.Image
 import torch
+from PIL.Image import Resampling
 
 from trainer.config import TrainConfig
 from trainer.data.buckets import Placement
 from trainer.data.cache import Cache, Tensors
-from trainer.data.images import crop, open_rgb
+from trainer.data.images import FORMATS, crop, open_rgb, turn
 from trainer.data.scan import Image
 from trainer.families import WINDOW, Family, Models, States
 from trainer.families.clip import Tokens
@@ -39,6 +41,35 @@ def pixels(image: Image, placement: Placement, background: str) -> torch.Tensor:
     """An image as its bucket crops it: (3, H, W) float32 in [-1, 1]."""
     rgb = crop(open_rgb(image.path, background), placement.box, (placement.width, placement.height))
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def mask(image: Image, placement: Placement, how: str) -> torch.Tensor | None:
+    """How much each latent of an image counts, (h/8, w/8) float32 in [0, 1]; None: all of it does.
+
+    From the file beside it, or with `how` "alpha" from its transparency; each latent has the mean over its pixels (EXIF turns the mask as
+    it turns the image).
+    """
+    if how == "off" or not (image.mask or how == "alpha"):
+        return None
+    with PIL.Image.open(image.mask or image.path, formats=FORMATS) as found:
+        if not image.mask and not found.has_transparency_data:
+            return None
+        upright = turn(found)
+        grey = found.convert("L") if image.mask else found.convert("RGBA").getchannel("A")
+    grey = grey.transpose(upright) if upright is not None else grey
+    across, down = grey.width / image.width, grey.height / image.height
+    left, top, right, bottom = placement.box
+    box = left * across, top * down, min(right * across, grey.width), min(bottom * down, grey.height)
+    small = grey.resize((placement.width // 8, placement.height // 8), Resampling.BOX, box=box)
+    return torch.from_numpy(np.array(small)).float() / 255
+
+
+def loss_weights(found: torch.Tensor, outside: float) -> torch.Tensor:
+    """A mask (h, w) as weights of the loss whose mean is 1, so that a small subject counts as much as a large one; `outside`: the weight
+    of what is not masked, against 1. A mask that counts nothing at all is as none."""
+    weights = outside + (1 - outside) * found
+    mean = weights.mean()
+    return weights / mean if mean > 0 else torch.ones_like(weights)
 
 
 def encode_images(
@@ -238,8 +269,24 @@ class Store:
         self.text = Texts(family, models, plan.captions, trained, cache)
         sizes = {(k, flip): family.size((plan.images[k].width, plan.images[k].height), plan.placements[k], flip) for k, flip in place_of}
         self.sizes_of = None if None in sizes.values() else sizes
+        self.masks = self._masks(config, plan, stacks)
         self.image_weights = [config.data[i.source].weight for i in plan.images]
         self._lay(plan)
+
+    def _masks(
+        self, config: TrainConfig, plan: Plan, stacks: dict[tuple[int, int], list[Any]]
+    ) -> dict[tuple[int, int], torch.Tensor] | None:
+        """The loss weights of each bucket's latents in their order, (n, 1, h, w) on the device; None where no image has a mask."""
+        with ThreadPoolExecutor(READERS) as pool:
+            found = list(pool.map(lambda pair: mask(*pair, config.dataset.masks), zip(plan.images, plan.placements, strict=True)))
+        if all(m is None for m in found):
+            return None
+        out = {size: torch.ones(len(rows), 1, size[1] // 8, size[0] // 8) for size, rows in stacks.items()}
+        for (k, flip), place in self.place_of.items():
+            if found[k] is not None:
+                weights = loss_weights(found[k], config.dataset.unmasked_weight)
+                out[self.bucket_of[k]][place, 0] = weights.flip(-1) if flip else weights
+        return {size: weights.to(self.models.device) for size, weights in out.items()}
 
     def _lay(self, plan: Plan) -> None:
         weights, device = self.image_weights, self.models.device
@@ -248,6 +295,10 @@ class Store:
         self.captions = [[r.caption for r in rows] for rows in plan.steps]
         self.index = [torch.tensor([[self.place_of[r.image, r.flip], r.caption] for r in rows], device=device) for rows in plan.steps]
         self.weights = [torch.tensor([weights[r.image] for r in rows], device=device) for rows in plan.steps]
+        self.priors = [[r.prior if r.prior is not None else r.caption for r in rows] for rows in plan.steps]
+        self.prior_index = None
+        if any(r.prior is not None for rows in plan.steps for r in rows):
+            self.prior_index = [torch.tensor(rows, device=device) for rows in self.priors]
         self.told_sizes = None
         if self.sizes_of:
             self.told_sizes = [torch.tensor([self.sizes_of[r.image, r.flip] for r in rows], device=device) for rows in plan.steps]
@@ -267,7 +318,9 @@ class Store:
         image, caption = self.index[n].unbind(1)
         text = self.text.rows(caption, self.captions[n])
         size = self.told_sizes and self.told_sizes[n]
-        return Batch(mean.index_select(0, image), std.index_select(0, image), self.weights[n], text, size)
+        prior = self.prior_index and self.text.rows(self.prior_index[n], self.priors[n])
+        masks = self.masks and self.masks[self.sizes[n]].index_select(0, image)
+        return Batch(mean.index_select(0, image), std.index_select(0, image), self.weights[n], text, size, masks, prior)
 
     def mean(self, image: int) -> torch.Tensor:
         """The mean of a training image's latents, (C, h, w), not mirrored."""

@@ -3,15 +3,19 @@ from collections import Counter
 
 import pytest
 
-from trainer.config import DatasetConfig
-from trainer.data.captions import contains, draw, is_random, with_trigger
+from trainer.config import DataConfig, DatasetConfig
+from trainer.data.captions import as_class, contains, draw, is_random, with_trigger
 
 TAGS = "ohwx, red hair, smile, hat, window, rain, coat"
 
 
-def drawn(caption: str = TAGS, trigger: str = "ohwx", times: int = 500, **options) -> list[str]:
+def source(trigger: str = "ohwx", **more) -> DataConfig:
+    return DataConfig(folder=".", trigger=trigger, **more)
+
+
+def drawn(caption: str = TAGS, trigger: str = "ohwx", times: int = 500, folder: dict | None = None, **options) -> list[str]:
     config = DatasetConfig(**options)
-    return [draw(caption, trigger, config, random.Random(seed)) for seed in range(times)]
+    return [draw(caption, source(trigger, **(folder or {})), config, random.Random(seed)) for seed in range(times)]
 
 
 @pytest.mark.parametrize("caption", ["", TAGS, "a , b,,c ,", "  odd\tspace ,x", "é, «ü»\n"])
@@ -19,7 +23,7 @@ def test_without_options_the_caption_is_unchanged_and_nothing_is_drawn(caption):
     rng = random.Random(1)
     before = rng.getstate()
     assert not is_random(DatasetConfig())
-    assert draw(caption, "ohwx", DatasetConfig(), rng) == caption
+    assert draw(caption, source(), DatasetConfig(), rng) == caption
     assert rng.getstate() == before
 
 
@@ -82,7 +86,7 @@ def test_the_draws_of_one_option_do_not_hang_on_another():
 
 def test_the_same_seed_draws_the_same_caption_in_every_version():
     config = DatasetConfig(shuffle_tags=True, tag_dropout=0.3, caption_dropout=0.1)
-    assert draw(TAGS, "ohwx", config, random.Random(0)) == "ohwx, coat, red hair, smile, rain, window"
+    assert draw(TAGS, source(), config, random.Random(0)) == "ohwx, coat, red hair, smile, rain, window"
 
 
 @pytest.mark.parametrize(
@@ -118,3 +122,53 @@ def test_contains_finds_whole_words(caption, words, expected):
 )
 def test_with_trigger(caption, trigger, class_word, expected):
     assert with_trigger(caption, trigger, class_word) == expected
+
+
+def test_one_of_several_lines_is_drawn_at_each_visit():
+    lines = ["ohwx, on a sofa", "ohwx sits indoors", "a photo of ohwx"]
+    seen = Counter(drawn("\n".join(lines)))
+    assert set(seen) == set(lines) and min(seen.values()) > 120
+    assert is_random(DatasetConfig(), "\n".join(lines))
+
+
+def test_choices_are_drawn_from_the_innermost_out_and_only_when_asked_for():
+    text = "ohwx, {red|{dark|light} blue} coat, {rain|}"
+    assert set(drawn(text)) == {text} and not is_random(DatasetConfig(), text)
+    seen = Counter(drawn(text, wildcards=True))
+    assert set(seen) == {f"ohwx, {c} coat, {r}" for c in ("red", "dark blue", "light blue") for r in ("rain", "")}
+    red = sum(n for t, n in seen.items() if "red" in t)
+    assert 190 < red < 310 and is_random(DatasetConfig(wildcards=True), text)
+    assert set(drawn("a {brace} and a {lone", wildcards=True)) == {"a {brace} and a {lone"}
+
+
+def test_parts_before_the_mark_stay_and_the_mark_vanishes():
+    text = "ohwx, red hair, smile ||| hat, window, rain"
+    assert set(drawn(text, keep_separator="|||")) == {"ohwx, red hair, smile, hat, window, rain"}
+    seen = drawn(text, keep_separator="|||", shuffle_tags=True, tag_dropout=0.5, keep_tags=2)
+    assert all(t.startswith("ohwx, red hair, smile") for t in seen) and len(set(seen)) > 5
+    assert set(drawn(TAGS, keep_separator="|||")) == {TAGS}
+
+
+def test_prefix_and_suffix_stand_round_every_caption_but_an_empty_one():
+    folder = {"prefix": "masterpiece,", "suffix": ", in the style of ohwx"}
+    seen = set(drawn("a cat", folder=folder, caption_dropout=0.2))
+    assert seen == {"masterpiece, a cat , in the style of ohwx".replace(" ,", ","), ""}
+
+
+@pytest.mark.parametrize(
+    "caption, trigger, said",
+    [
+        ("ohwx on a sofa", "ohwx", "cat on a sofa"),
+        ("ohwx, a cat, on a sofa", "ohwx", "cat, on a sofa"),
+        ("a photo of OHWX cat", "ohwx", "a photo of cat"),
+        ("on a sofa", "ohwx", "cat"),
+        ("anything", "", "cat"),
+    ],
+)
+def test_what_a_caption_says_of_the_class(caption, trigger, said):
+    assert as_class(caption, trigger, "cat") == said
+    assert as_class(caption, trigger, "") == ""
+
+
+def test_each_of_several_captions_gets_the_trigger():
+    assert with_trigger("a cat\nohwx sleeps", "ohwx", "cat") == "ohwx, a cat\nohwx sleeps"

@@ -351,3 +351,32 @@ def test_an_unchanged_file_is_read_once_and_a_changed_one_again(tmp_path, monkey
     assert scan_folder(tmp_path, trigger="x").images[0].width == 50 and len(opened) == 1
     (tmp_path / "b.png").write_bytes(b"damaged")
     assert len(problems(tmp_path)) == 1 and len(problems(tmp_path)) == 1
+
+
+def test_a_mask_belongs_to_its_image_and_must_have_its_shape(tmp_path):
+    write(tmp_path / "a.png", (40, 30), "a")
+    write(tmp_path / "b.jpg", (40, 30), "b")
+    PIL.Image.new("L", (80, 60), 255).save(tmp_path / "a-MaskLabel.png")
+    one, other = scan_folder(tmp_path).images
+    assert one.mask == tmp_path / "a-MaskLabel.png" and len(one.mask_digest) == 64
+    assert other.mask is None and other.mask_digest == ""
+    PIL.Image.new("L", (30, 40), 255).save(tmp_path / "b-masklabel.png")
+    with pytest.raises(DataError, match=r"b-masklabel.png has 30 x 40 pixels, of another shape than b.jpg \(40 x 30\). Make it"):
+        scan_folder(tmp_path)
+
+
+def test_crops_say_what_stays_in_sight(tmp_path):
+    write(tmp_path / "a.png")
+    write(tmp_path / "in" / "b.png")
+    (tmp_path / "crops.json").write_text('{"in/b.png": [0, 1], "gone.png": [0.1, 0.2]}')
+    assert [i.focus for i in scan_folder(tmp_path).images] == [(0.5, 0.5), (0.0, 1.0)]
+    for wrong in ('{"a.png": [0.5]}', '{"a.png": [0.5, 2]}', "[]", "{", '{"a.png": "x"}'):
+        (tmp_path / "crops.json").write_text(wrong)
+        with pytest.raises(DataError, match=r"crops.json must be like"):
+            scan_folder(tmp_path)
+
+
+def test_several_captions_stand_one_a_line(tmp_path):
+    write(tmp_path / "a.png", caption="one  cat\n\n ohwx sits\r\n")
+    assert captions(tmp_path, trigger="ohwx") == {"a.png": "ohwx, one cat ohwx sits"[6:]}
+    assert captions(tmp_path, trigger="ohwx", several_captions=True) == {"a.png": "ohwx, one cat\nohwx sits"}
