@@ -39,6 +39,8 @@ def why_not(step: Step) -> str | None:
     """Why the steps cannot be written down, as the end of a sentence; None: they can."""
     if step.models.device.type != "cpu":
         return f"tapes are for the CPU, this run is on {step.models.device.type}"
+    if next(step.models.parts["unet"].parameters()).dtype != torch.float32:
+        return "tapes are for float32"  # bf16 may be widened by a mode (trainer.kernels.widened), which is this thread's alone
     if step.config.adapter.dropout:
         return "adapter.dropout draws anew at each step"
     return None
