@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import re
 import secrets
@@ -27,7 +26,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -43,6 +41,19 @@ from trainer.run_dir import replace, write_atomic
 UNDO = 200  # changes that can be taken back
 ACTIONS = ("trigger_first", "replace", "prepend", "append", "remove_tag", "clear")
 
+class _Looking:
+    """Pictures being looked at: how many are done, and whether somebody wants it to end."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.stopped = total, 0, False
+
+    def tick(self) -> None:
+        self.done += 1
+        if self.stopped:
+            raise Problem("Cancelled; nothing was added.", 409)
+
+
+_looking: dict[Path, list[_Looking]] = {}
 _locks: dict[Path, threading.RLock] = {}
 _locks_guard = threading.Lock()
 
@@ -165,14 +176,14 @@ class Dataset:
             for folder in (self.images, self.removed):
                 texts = self._texts(folder)
                 rows += [(folder / name, texts.get(name, (None, ""))[1]) for name in self._names(folder)]
-        with ThreadPoolExecutor(4) as pool:
-            facts_of = list(pool.map(inspect, [path for path, _ in rows]))
+        facts_of = self._inspect([path for path, _ in rows])
         good = {path: found for (path, _), found in zip(rows, facts_of, strict=True) if not isinstance(found, str)}
         looks = dict(zip(good, pictures.look_all([(p, found[0]) for p, found in good.items()], self.home.cache), strict=True))
         active = [path for path in good if path.parent == self.images]
         placed = self._place([good[p][1:] for p in active], resolution, bucket_step, max_aspect, batch_size)
         placements = dict(zip(active, placed, strict=True))
-        twins = _twins([(p, looks[p]) for p in active])
+        seen = [p for p in active if looks[p]]
+        twins = {seen[k]: seen[g[1] if k == g[0] else g[0]].name for g in pictures.twins([looks[p] for p in seen]) for k in g}
         images = []
         for (path, text), found in zip(rows, facts_of, strict=True):
             id, name = self.image_id(path.name), path.name
@@ -224,6 +235,32 @@ class Dataset:
     def caption_of(self, id: str) -> str:
         path = self.find(id)
         return self._texts(path.parent).get(path.name, (None, ""))[1]
+
+    # ---- looking at the pictures
+
+    def _look_at(self, path: Path) -> tuple[str, int, int] | str:
+        return inspect(path, pictures.Seeing(self.home.cache))
+
+    def _inspect(self, paths: Sequence[Path]) -> list[tuple[str, int, int] | str]:
+        """trainer.data.scan.inspect of each path, told by `looking`. Raises Problem (409) where `stop_looking` was called meanwhile."""
+        work = _Looking(len(paths))
+        with self.lock:
+            _looking.setdefault(self.root, []).append(work)
+        try:
+            return pictures.inspect_all(paths, self.home.cache, work.tick)
+        finally:
+            with self.lock:
+                _looking[self.root].remove(work)
+
+    def looking(self) -> dict[str, int] | None:
+        """{"done", "total"} of the pictures that are being looked at, None where none are."""
+        work = max(_looking.get(self.root, []), key=lambda w: w.total - w.done, default=None)
+        return {"done": work.done, "total": work.total} if work else None
+
+    def stop_looking(self) -> None:
+        """End what `looking` tells of; what was coming in is not added."""
+        for work in _looking.get(self.root, []):
+            work.stopped = True
 
     # ---- captions
 
@@ -450,8 +487,7 @@ class Dataset:
 
     def _add(self, arrivals: list[intake.Arrival], problems: list[str], undoable: bool = True) -> int:
         staged = [a for a in arrivals if a.path]
-        with ThreadPoolExecutor(4) as pool:
-            results = list(pool.map(inspect, [a.path for a in staged]))
+        results = self._inspect([a.path for a in staged])
         good = []
         for arrival, result in zip(staged, results, strict=True):
             if isinstance(result, str):
@@ -462,7 +498,7 @@ class Dataset:
             facts = self.read()
             active, captions = {}, {}
             before = {name: text for name, (_, text) in {**self._texts(self.removed), **self._texts(self.images)}.items()}
-            known = {n: inspect(f / n) for f in (self.images, self.removed) for n in self._names(f)}
+            known = {n: self._look_at(f / n) for f in (self.images, self.removed) for n in self._names(f)}
             fresh = []
             for arrival in good:
                 twin = next(
@@ -480,7 +516,7 @@ class Dataset:
                 self._split_caption(name)
                 replace(arrival.path, self.images / name)
                 facts["files"][name] = {"from": arrival.label, "origin": str(arrival.origin) if arrival.origin else None}
-                known[name] = inspect(self.images / name)
+                known[name] = self._look_at(self.images / name)
                 active[name] = False
                 fresh.append(name)
             waiting = [intake.Arrival(label, text=text) for label, text in facts["waiting"].items()]
@@ -598,16 +634,6 @@ class Dataset:
             if event["type"] == "stage" and state in ("starting", "running"):
                 view["text"] = event.get("text", "")
         return view
-
-
-def _twins(rows: list[tuple[Path, pictures.Look | None]]) -> dict[Path, str]:
-    """The name of a near duplicate of each picture that has one."""
-    found = {}
-    for (a, look_a), (b, look_b) in itertools.combinations([r for r in rows if r[1]], 2):
-        if pictures.same(look_a, look_b):
-            found.setdefault(a, b.name)
-            found.setdefault(b, a.name)
-    return found
 
 
 def _count(n: int, what: str) -> str:
