@@ -208,6 +208,13 @@ class Dataset:
             images.append(image)
         return images
 
+    def looks(self) -> dict[str, pictures.Look]:
+        """What was seen of each active image that decodes, by its id."""
+        paths = [self.images / name for name in self._names(self.images)]
+        good = [(p, found[0]) for p, found in zip(paths, self._inspect(paths), strict=True) if not isinstance(found, str)]
+        seen = zip(good, pictures.look_all(good, self.home.cache), strict=True)
+        return {self.image_id(path.name): look for (path, _), look in seen if look}
+
     @staticmethod
     def _place(
         sizes: list[tuple[int, int]], resolution: int, step: int | None, max_aspect: float, batch_size: int

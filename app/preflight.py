@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from app import draft as drafts
-from app import forms, machine, models, settings
+from app import advice, forms, machine, models, settings
 from app.errors import Problem
 from app.paths import Home
 from app.runner import Runner
@@ -27,7 +27,7 @@ from trainer.data.scan import DataError
 from trainer.formats.probe import FormatError
 from trainer.run_dir import RunDir, write_json
 
-FEW, MANY, RUNS = 5, 200, 20
+RUNS = 20  # that are asked how fast they were
 TAIL = 65_536  # bytes read at the start and the end of a run's events
 ANOTHER_START = 20.0  # seconds that a run takes before and after its steps, where no measurement says more
 
@@ -216,36 +216,14 @@ class _Found:
         n = len(self.texts)
         if n == 0:
             self.say("error", "There are no images yet. Add 10 to 20 of what you want to train.", "images")
-        elif n < FEW:
-            self.say(
-                "warning", f"Only {n} image{'s' if n > 1 else ''}: the LoRA will know little but these. 10 to 20 are better.", "images"
-            )
-        elif n > MANY:
-            self.say(
-                "info",
-                f"{n} images: 10 to 20 good ones are often as good, and {n} take longer. Lower the visits if you keep them all.",
-                "images",
-            )
+        elif found := advice.number(n, self.draft["purpose"]):
+            self.say("warning" if found[0] == "few" else "info", found[1], "images")
 
     def captions(self) -> None:
+        trigger, class_word = self.draft["trigger"], self.draft["class_word"]
         missing = sum(not t for t in self.texts)
-        if not missing:
-            return
-        subject = " ".join(w for w in (self.draft["trigger"], self.draft["class_word"]) if w)
-        of = f"{missing} of {len(self.texts)} images" if missing < len(self.texts) else f"None of the {len(self.texts)} images"
-        verb = "have no caption" if missing < len(self.texts) else "has a caption"
-        if subject:
-            self.say(
-                "info" if missing < len(self.texts) else "warning",
-                f"{of} {verb} and will be called “{subject}”. Captions that say what else is there give a LoRA that can be steered.",
-                "captions",
-            )
-        else:
-            self.say(
-                "warning",
-                f"{of} {verb}, and there is no trigger or class word to stand in. Write captions, or let them be written.",
-                "captions",
-            )
+        if text := advice.uncaptioned(missing, len(self.texts), trigger, class_word):
+            self.say("info" if missing < len(self.texts) and (trigger or class_word) else "warning", text, "captions")
 
     def model_chosen(self) -> None:
         if self.model_error:

@@ -1,15 +1,16 @@
 // Section 1: pictures come in, and stand there as the training will see them.
 import { attempt, button, api, field, fill, h, lightbox, plural, post, Refused, toast } from "/static/core.js";
 import { keyed, undo } from "/static/draft.js";
+import { adviceList } from "/static/advice.js";
 import { chosen, dropped, sorted, upload } from "/static/intake.js";
 
 const FEW = 24;  // cards shown at first: Start must not be pushed out of reach by 300 pictures
-const SHORT = { small: "small", blurred: "blurred", duplicate: "duplicate", odd: "odd", crop: "cut off" };
+const SHORT = { small: "small", blurred: "blurred", duplicate: "duplicate", bars: "bars", long: "long", odd: "odd", crop: "cut off" };
 const ACCEPT = "image/*,.txt,.caption,.zip";
 
 export function imagesSection(page) {
   const { draft } = page;
-  let all = false, noted = false;
+  let all = false, noted = false, only = null;  // only: the ids that an advice is about
   const shown = () => draft.images.images.filter((i) => !i.removed);
 
   // Coming in
@@ -108,7 +109,7 @@ export function imagesSection(page) {
   // What is there
 
   const count = h("p", { class: "la-small nl-count", role: "status", id: "image-count" });
-  const filter = button("", () => { noted = !noted; draw(); }, { kind: "quiet", id: "only-noted" });
+  const filter = button("", () => { noted = !noted && !only; only = null; draw(); }, { kind: "quiet", id: "only-noted" });
   filter.classList.add("la-btn-small");
   const back = button("Undo", () => undo(draft), { kind: "quiet", id: "undo", title: "Ctrl+Z" });
   back.classList.add("la-btn-small");
@@ -120,6 +121,7 @@ export function imagesSection(page) {
     const images = shown(), notes = images.filter((i) => i.badges.length);
     const empty = !images.length;
     if (!notes.length) noted = false;
+    if (only && !images.some((i) => only.includes(i.id))) only = null;
     drop.classList.toggle("nl-drop-small", !empty);
     dropTitle.textContent = empty ? "Drop your pictures here" : "Add more pictures";
     dropHelp.textContent = empty ? "Images, a folder or a zip; captions in .txt files beside them are taken along. Or click to choose." : "Drop them anywhere on this page, or click to choose.";
@@ -128,12 +130,12 @@ export function imagesSection(page) {
     const captioned = images.filter((i) => i.has_caption).length;
     count.textContent = empty ? "No images." : plural(images.length, "image") + (captioned ? `, ${captioned === images.length ? "all" : captioned} with a caption` : ", no captions yet") + (images.some((i) => i.linked) ? ", used in place" : "") + ".";
     count.dataset.images = images.length;
-    filter.hidden = !notes.length;
-    filter.textContent = noted ? "Show all" : `Show the ${notes.length} with notes`;
-    filter.setAttribute("aria-pressed", String(noted));
+    filter.hidden = !notes.length && !only;
+    filter.textContent = noted || only ? "Show all" : `Show the ${notes.length} with notes`;
+    filter.setAttribute("aria-pressed", String(noted || Boolean(only)));
     back.hidden = !draft.images.undo;
     back.textContent = "Undo: " + draft.images.undo.charAt(0).toLowerCase() + draft.images.undo.slice(1);
-    const wanted = noted ? notes : images;
+    const wanted = only ? images.filter((i) => only.includes(i.id)) : noted ? notes : images;
     keyed(grid, all || wanted.length <= FEW * 1.5 ? wanted : wanted.slice(0, FEW), card);
     grid.hidden = empty;
     grid.classList.toggle("nl-noted", noted);
@@ -177,9 +179,15 @@ export function imagesSection(page) {
     toast(image.name + " removed.", "", ["Undo", () => undo(draft)]);
   }
 
+  page.showImages = (ids) => {
+    [only, noted] = [ids, false];
+    draw();
+    line.scrollIntoView({ block: "center" });
+    filter.focus({ preventScroll: true });
+  };
   page.places.images = () => { drop.scrollIntoView({ block: "center" }); dropButton.focus(); };
   draft.on("images", draw);
-  return [drop, files, folder, h("div", { class: "la-row nl-ways" }, button("Choose files", () => files.click()), button("Choose a folder", () => folder.click()), local), progress, problems, example, line, grid, more];
+  return [drop, files, folder, h("div", { class: "la-row nl-ways" }, button("Choose files", () => files.click()), button("Choose a folder", () => folder.click()), local), progress, problems, example, adviceList(page), line, grid, more];
 }
 
 /** Lay the bright part over a picture: `crop` [left, top, width, height] in shares of the image. */

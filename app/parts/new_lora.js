@@ -9,7 +9,7 @@ import { startSection } from "/static/start.js";
 import { advancedDrawer } from "/static/advanced.js";
 
 export async function mount(root) {
-  await style("new_lora", "images");
+  await style("new_lora", "images", "datasets");
   const draft = openDraft();
   const notice = h("p", { class: "la-loading", role: "status" }, "Loading …");
   fill(root, h("div", { id: "la-main", class: "la-main nl" }, notice));
