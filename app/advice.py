@@ -126,7 +126,9 @@ def _duplicates(images: Sequence[Item], looks: Mapping[str, pictures.Look], abou
     copies = [i for group, kept in zip(groups, best, strict=True) for i in group if i is not kept]
     names = ", ".join(f"{i['name']}" for i in groups[0][:4]) + (" and more" if len(groups) > 1 or len(groups[0]) > 4 else "")
     n = len(copies)
-    text = f"{n} image{' is' if n == 1 else 's are'} nearly the same as {'another' if n == 1 else 'others'} ({names}), which then count more."
+    text = (
+        f"{n} image{' is' if n == 1 else 's are'} nearly the same as {'another' if n == 1 else 'others'} ({names}), which then count more."
+    )
     label = "Remove the copy" if n == 1 else f"Remove the {n} copies"
     shown = [i for group in groups for i in group]
     remedy = {"label": label, "do": "remove", "ids": [i["id"] for i in copies]}
@@ -167,7 +169,9 @@ def _other_triggers(images: Sequence[Item], looks: Mapping[str, pictures.Look], 
             wrong = [i for i in images if contains(i["caption"], other.trigger)]
             if wrong:
                 says = "say" if len(wrong) > 1 else "says"
-                text = f"{len(wrong)} caption{'s' if len(wrong) > 1 else ''} here {says} “{other.trigger}”, the trigger word of {other.name}."
+                text = (
+                    f"{len(wrong)} caption{'s' if len(wrong) > 1 else ''} here {says} “{other.trigger}”, the trigger word of {other.name}."
+                )
                 yield _say("other_trigger", f"{text} Take it out, so that the two stay apart.", wrong, _go("Change captions", "captions"))
         if about.trigger and other.trigger.casefold() != about.trigger.casefold():
             n = sum(contains(text, about.trigger) for text in other.captions)

@@ -23,7 +23,7 @@ from urllib.request import url2pathname
 
 from app import caption_texts
 from app.errors import Problem
-from trainer.data.scan import MASK, OTHER_SUFFIXES, SUFFIXES, decode
+from trainer.data.scan import CROPS, MASK, OTHER_SUFFIXES, SUFFIXES, decode, read_crops
 
 MB = 2**20
 FILE_LIMIT, TOTAL_LIMIT = 64 * MB, 2048 * MB  # of one file, and of one upload, also when unpacked
@@ -37,13 +37,16 @@ PASSED_OVER = {"thumbs.db", "desktop.ini", "__macosx"}
 
 @dataclass(frozen=True)
 class Arrival:
-    """A file that came in: `label` is its name with folders, with slashes; `path` an image, staged; else `text` a caption."""
+    """A file that came in: `label` is its name with folders, with slashes; `path` an image (or its mask), staged; else `text` a caption,
+    or `crops` points of the images of its folder."""
 
     label: str
     path: Path | None = None
     text: str = ""
     digest: str = ""
     origin: Path | None = None
+    mask: bool = False
+    crops: dict[str, tuple[float, float]] | None = None
 
 
 @dataclass
@@ -172,8 +175,6 @@ def disk_full(free: int, size: int) -> Problem:
 def wrong_kind(label: str) -> str:
     if Path(label).suffix.lower() in OTHER_SUFFIXES:
         return f"{label} is an image of a kind that is not read. Convert it to .png or .jpg."
-    if label.lower().endswith(MASK):
-        return f"{label} is a mask; masks are not used yet."
     return f"{label} is no image ({' '.join(SUFFIXES)}), caption (.txt) or .zip, and was left out."
 
 
@@ -199,7 +200,17 @@ def take(label: str, file: BinaryIO | Path, size: int, stage: Stage, inside: boo
             stage.problems.append(f"{label} is a zip inside a zip, which is not opened. Unpack it, then add what is in it.")
             return []
         return _unzip(label, file, stage)
-    if label.lower().endswith(MASK) or suffix not in (*IMAGES, *TEXTS):
+    name = label.rpartition("/")[2]
+    if name == CROPS and size <= MB:
+        inner = stage.folder / uuid.uuid4().hex
+        inner.mkdir()
+        (inner / CROPS).write_bytes(file.read())
+        wrong: list[str] = []
+        crops = read_crops(inner, wrong)
+        if wrong:
+            stage.problems.append(f'{label} was left out: it must be like {{"image.png": [0.5, 0.2]}}, points in shares of the sides.')
+        return [Arrival(label, crops=crops)]
+    if suffix not in (*IMAGES, *TEXTS):
         stage.problems.append(wrong_kind(label))
         return []
     if size > (FILE_LIMIT if suffix in IMAGES else 4 * caption_texts.LIMIT):
@@ -212,7 +223,7 @@ def take(label: str, file: BinaryIO | Path, size: int, stage: Stage, inside: boo
     staged = stage.folder / f"{uuid.uuid4().hex}{image_suffix(Path(label))}"
     with staged.open("wb") as out:
         shutil.copyfileobj(file, out, MB)
-    return [Arrival(label, staged)]
+    return [Arrival(label, staged, mask=label.lower().endswith(MASK))]
 
 
 def _unzip(label: str, file: BinaryIO, stage: Stage) -> list[Arrival]:

@@ -334,7 +334,9 @@ def _picture(cache: Path, digest: str, side: int) -> Path:
 def _fit(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
     scale = min(1.0, side / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Resampling.LANCZOS, reducing_gap=1.5) if scale < 1 else image  # a higher one shows no difference, and is slower
+    return (
+        image.resize(size, Resampling.LANCZOS, reducing_gap=1.5) if scale < 1 else image
+    )  # a higher one shows no difference, and is slower
 
 
 def _save(image: PIL.Image.Image, target: Path, side: int) -> None:

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
-from app import advice, draft, intake, models, pictures, settings
+from app import advice, draft, intake, masks, models, pictures, settings
 from app.api.draft import view
 from app.context import Context, of
 from app.datasets import Dataset
@@ -200,6 +200,8 @@ def undo(request: Request) -> dict[str, Any]:
     data = current(home)
     if data.undo_label().startswith(CAPTIONING) and _captioning(context, data):
         raise Problem("The captions are being written now. Cancel the captioning, or wait until it ends, then undo it.", 409)
+    if data.undo_label().startswith(masks.BY_WORDS) and masks.busy(data, context.runner):
+        raise Problem("The masks are being made now. Cancel that, or wait until it ends, then undo it.", 409)
     undone = data.undo()
     if not undone and draft.undo_new(home):
         undone, data = NEW, current(home)

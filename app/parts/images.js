@@ -29,7 +29,7 @@ export function imagesSection(page) {
   async function come(list, input = null) {
     if (input) input.value = "";
     if (!list.length) return;
-    if (list.length === 1 && /\.(toml|json)$/i.test(list[0][0])) return page.importFile(list[0][1]);
+    if (list.length === 1 && /\.(toml|json)$/i.test(list[0][0]) && list[0][0] !== "crops.json") return page.importFile(list[0][1]);
     if (going) return void toast("Wait until the upload that runs has ended.");
     const { take, problems: left } = sorted(list);
     tell(left);

@@ -34,7 +34,7 @@ export function sorted(files) {
   const take = [], problems = [];
   for (const [path, file] of files) {
     if (HIDDEN.test(path)) continue;
-    if (!TAKEN.test(path)) problems.push(`${path} is not an image, a caption (.txt) or a zip: left out.`);
+    if (!TAKEN.test(path) && !/(^|\/)crops\.json$/.test(path)) problems.push(`${path} is not an image, a caption (.txt) or a zip: left out.`);
     else if (file.size > FILE_LIMIT && !/\.zip$/i.test(path)) problems.push(`${path} has ${megabytes(file.size)}; a picture may have 67 MB at most.`);
     else take.push([path, file]);
   }

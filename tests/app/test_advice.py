@@ -113,7 +113,9 @@ def test_small_blurred_long_and_cut_off(advised):
     images["03"] = photo(3).filter(ImageFilter.GaussianBlur(6))
     found = advised(images, resolution=512)
     assert list(found) == ["small", "blurred", "long"]
-    assert found["small"]["text"].startswith("00.png: It has 300 x 300 pixels") and found["small"]["remedy"]["place"] == "dataset.resolution"
+    assert (
+        found["small"]["text"].startswith("00.png: It has 300 x 300 pixels") and found["small"]["remedy"]["place"] == "dataset.resolution"
+    )
     assert found["blurred"]["text"].startswith("2 of 10 images look blurred") and found["blurred"]["images"] == ["01", "03"]
     assert found["long"]["images"] == ["02"]
     assert advised(good() | {"00": photo(0, (1400, 900))}, bucket_step=256)["crop"]["images"] == ["00"]
@@ -203,5 +205,5 @@ def test_captions_that_are_cut_off(advised):
 
 
 def test_the_most_important_comes_first(advised):
-    images = {n: i for n, i in good(6).items()} | {"copy": good(1)["00"].resize((500, 500)), "02": photo(2, (300, 300))}
+    images = good(6) | {"copy": good(1)["00"].resize((500, 500)), "02": photo(2, (300, 300))}
     assert list(advised(images, {"00": "zorp, a creature"})) == ["few", "duplicate", "small", "missing"]
