@@ -5,7 +5,7 @@
     removed/       images that were removed, with their captions and masks; nothing is ever deleted
     backup/        what `write_back` wrote over; masks/: masks that were painted over or taken away
     incoming/      an upload under way
-    dataset.json   {"name", "created", "files": {image name: {"from", "origin"}}, "waiting": {name: caption without an image yet},
+    dataset.json   {"name", "notes", "trigger", "class_word", "repeats", "class_images" (as app/exchange.py read them), "created", "files": {image name: {"from", "origin"}}, "waiting": {name: caption without an image yet},
                    "caption_job": {"folder", "style"} or null, "mask_job": {"folder", "prompt"} or null}
     history.json   what `undo` takes back, oldest first: {"label", "active": {image: whether it was}, "captions": {image: text or null},
                    "masks": {image: file in backup/masks or null}, "crops": {image: [x, y] or null}}
@@ -69,7 +69,7 @@ def create(home: Home, name: str = "") -> Dataset:
     data = Dataset(home, id)
     data.images.mkdir(parents=True)
     data.removed.mkdir()
-    data._save({"name": name, "created": time.time(), "files": {}, "waiting": {}, "caption_job": None})
+    data.save(data.read() | {"name": name, "created": time.time()})
     return data
 
 
@@ -94,13 +94,14 @@ class Dataset:
 
     def read(self) -> dict[str, Any]:
         """What dataset.json says; it is made again, without the origins, where it is missing or damaged."""
-        blank = {"name": "", "created": 0.0, "files": {}, "waiting": {}, "caption_job": None, "mask_job": None}
+        blank = {"name": "", "notes": "", "trigger": "", "class_word": "", "repeats": 1, "class_images": False, "created": 0.0}
+        blank |= {"files": {}, "waiting": {}, "caption_job": None, "mask_job": None}
         try:
             return blank | json.loads((self.root / "dataset.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return blank
 
-    def _save(self, facts: dict[str, Any]) -> None:
+    def save(self, facts: dict[str, Any]) -> None:
         write_atomic(self.root / "dataset.json", json.dumps(facts, indent=1), "the data set")
 
     def _history(self) -> list[dict[str, Any]]:
@@ -163,6 +164,14 @@ class Dataset:
         if unknown := [i for i in ids if i not in names]:
             raise Problem(f"There is no image {unknown[0][:40]!r} in this data set. Reload the page.", 404)
         return [names[i] for i in dict.fromkeys(ids)]
+
+    def names(self) -> list[str]:
+        """The file names of the active images, in the order of training."""
+        return self._names(self.images)
+
+    def texts(self) -> dict[str, str]:
+        """The captions of the active images that have a caption file, by the images' names."""
+        return {name: text for name, (_, text) in self._texts(self.images).items()}
 
     def count(self) -> int:
         """Number of active images."""
@@ -270,9 +279,6 @@ class Dataset:
         return self._texts(path.parent).get(path.name, (None, ""))[1]
 
     # ---- looking at the pictures
-
-    def _look_at(self, path: Path) -> tuple[str, int, int] | str:
-        return inspect(path, pictures.Seeing(self.home.cache))
 
     def _inspect(self, paths: Sequence[Path]) -> list[tuple[str, int, int] | str]:
         """trainer.data.scan.inspect of each path, told by `looking`. Raises Problem (409) where `stop_looking` was called meanwhile."""
@@ -467,7 +473,7 @@ class Dataset:
     def set_mask_job(self, folder: Path | None, prompt: str = "") -> None:
         """Remember the folder of the masking that was asked for last; None forgets it."""
         with self.lock:
-            self._save(self.read() | {"mask_job": {"folder": str(folder), "prompt": prompt} if folder else None})
+            self.save(self.read() | {"mask_job": {"folder": str(folder), "prompt": prompt} if folder else None})
 
     def checkpoint_masks(self, label: str) -> None:
         """Remember the masks of all active images before something else writes them, as `checkpoint` does captions."""
@@ -563,6 +569,11 @@ class Dataset:
             self._save_history(history[:-1])
             return entry["label"]
 
+    def forget_changes(self) -> None:
+        """Let the data set begin as it is now: nothing can be taken back."""
+        with self.lock:
+            self._save_history([])
+
     # ---- coming in
 
     def add_files(self, files: Iterable[tuple[str, BinaryIO | Path]]) -> tuple[int, list[str]]:
@@ -618,6 +629,8 @@ class Dataset:
         with self._staging(0) as stage:
             arrivals = [intake.Arrival(f.relative_to(folder).as_posix(), f, mask=True) for f in files if masks.is_mask(f.name)]
             arrivals += [intake.Arrival(CROPS, crops=read_crops(folder, problems))]
+            for file in files:
+                arrivals += intake.listed(file.relative_to(folder).as_posix(), file) or []
             for path in found:
                 label = intake.to_label(path.relative_to(folder).as_posix())
                 staged = stage / f"{uuid.uuid4().hex}{intake.image_suffix(path)}"
@@ -662,7 +675,7 @@ class Dataset:
             facts = self.read()
             active, captions = {}, {}
             before = {name: text for name, (_, text) in {**self._texts(self.removed), **self._texts(self.images)}.items()}
-            known = {n: self._look_at(f / n) for f in (self.images, self.removed) for n in self._names(f)}
+            known = {n: pictures.inspect(f / n, self.home.cache) for f in (self.images, self.removed) for n in self._names(f)}
             fresh = []
             for arrival in good:
                 twin = next(
@@ -680,7 +693,7 @@ class Dataset:
                 self._split_caption(name)
                 replace(arrival.path, self.images / name)
                 facts["files"][name] = {"from": arrival.label, "origin": str(arrival.origin) if arrival.origin else None}
-                known[name] = self._look_at(self.images / name)
+                known[name] = pictures.inspect(self.images / name, self.home.cache)
                 active[name] = False
                 fresh.append(name)
             waiting = [intake.Arrival(label, text=text) for label, text in facts["waiting"].items()]
@@ -700,7 +713,7 @@ class Dataset:
             if lost:
                 names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
                 problems.append(f"No image has the name of {names}. The text is kept for an image of that name, added later.")
-            self._save(facts)
+            self.save(facts)
             captions = {n: text for n, text in captions.items() if text != before.get(n, "")}
             covers = self._masks_among(arrivals, facts, fresh, problems)
             points = self._points_among(arrivals, facts, fresh)
@@ -829,7 +842,7 @@ class Dataset:
     def set_caption_job(self, folder: Path | None, style: str = "") -> None:
         """Remember the folder of the captioning that was asked for last; None forgets it."""
         with self.lock:
-            self._save(self.read() | {"caption_job": {"folder": str(folder), "style": style} if folder else None})
+            self.save(self.read() | {"caption_job": {"folder": str(folder), "style": style} if folder else None})
 
     def caption_job(self, runner: Any) -> dict[str, Any] | None:
         """The last captioning as the draft view's `caption_job`, None where there was none. `runner` has `look(folder)`."""

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from app import caption_texts
+from app import caption_lists, caption_texts
 from app.errors import Problem
 from trainer.data.scan import CROPS, MASK, OTHER_SUFFIXES, SUFFIXES, decode, read_crops
 
@@ -210,6 +210,13 @@ def take(label: str, file: BinaryIO | Path, size: int, stage: Stage, inside: boo
         if wrong:
             stage.problems.append(f'{label} was left out: it must be like {{"image.png": [0.5, 0.2]}}, points in shares of the sides.')
         return [Arrival(label, crops=crops)]
+    if suffix in caption_lists.SUFFIXES:
+        if name in caption_lists.OURS:
+            return []
+        if size <= caption_lists.MOST_BYTES and (found := listed(label, file)):
+            return found
+        stage.problems.append(f"{label} is no list of captions that is understood: each needs the image's file name and its text.")
+        return []
     if suffix not in (*IMAGES, *TEXTS):
         stage.problems.append(wrong_kind(label))
         return []
@@ -224,6 +231,14 @@ def take(label: str, file: BinaryIO | Path, size: int, stage: Stage, inside: boo
     with staged.open("wb") as out:
         shutil.copyfileobj(file, out, MB)
     return [Arrival(label, staged, mask=label.lower().endswith(MASK))]
+
+
+def listed(label: str, file: BinaryIO | Path) -> list[Arrival] | None:
+    """The captions of a list of them (metadata.jsonl, .csv, kohya's .json); None where it is none."""
+    if Path(label).suffix.lower() not in caption_lists.SUFFIXES or isinstance(file, Path) and file.stat().st_size > caption_lists.MOST_BYTES:
+        return None
+    found = caption_lists.read(label, file.read_bytes() if isinstance(file, Path) else file.read())
+    return found and [Arrival(f"{to_label(name)}.txt", text=caption_texts.cut(text)) for name, text in found.items()]
 
 
 def _unzip(label: str, file: BinaryIO, stage: Stage) -> list[Arrival]:

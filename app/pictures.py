@@ -85,15 +85,19 @@ class Seeing:
         _looks[digest] = found
 
 
+def inspect(path: Path, cache: Path) -> tuple[str, int, int] | str:
+    """trainer.data.scan.inspect of a picture, with a look at it where it was not seen before."""
+    return scan.inspect(path, Seeing(cache))
+
+
 def inspect_all(paths: Sequence[Path], cache: Path, tick: Callable[[], None] = lambda: None) -> list[tuple[str, int, int] | str]:
     """trainer.data.scan.inspect of each picture, in threads, with a look at each that was not seen before.
 
     `tick` is called after each; what it raises ends the work.
     """
-    eyes = Seeing(cache)
 
     def one(path: Path) -> tuple[str, int, int] | str:
-        found = scan.inspect(path, eyes)
+        found = inspect(path, cache)
         tick()
         return found
 

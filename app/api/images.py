@@ -127,8 +127,14 @@ def get_advice(request: Request) -> dict[str, Any]:
         class_word=kept["class_word"],
         style=_trained_on(home, kept),
         windows=windows if windows in (1, 2, 3) else 3,
+        others=tuple(_other(home, each) for each in kept["sets"] if (home.datasets / each["dataset"]).is_dir()),
     )
     return {"advice": advice.advise(items(home, data), data.looks(), about)}
+
+
+def _other(home: Home, each: dict[str, Any]) -> advice.Other:
+    data = Dataset(home, each["dataset"])
+    return advice.Other(data.read()["name"] or "another set", each["trigger"], tuple(data.texts().values()))
 
 
 @router.get("/images/looking")
