@@ -57,7 +57,9 @@ def _rows(suffix: str, raw: bytes) -> list[dict[str, Any]]:
     if suffix == ".json":
         found = json.loads(raw.decode("utf-8-sig"))
         if isinstance(found, dict):
-            found = [{"file": k} | (v if isinstance(v, dict) else {"text": v}) for k, v in found.items() if isinstance(v, dict) or _is_image(k)]
+            found = [
+                {"file": k} | (v if isinstance(v, dict) else {"text": v}) for k, v in found.items() if isinstance(v, dict) or _is_image(k)
+            ]
     else:
         found = [json.loads(line) for line in raw.decode("utf-8-sig").splitlines() if line.strip()]
     return [{str(k).casefold(): v for k, v in row.items()} for row in found if isinstance(row, dict)] if isinstance(found, list) else []

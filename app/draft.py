@@ -193,8 +193,7 @@ def _refused(key: str) -> str | None:
 
 
 def open_dataset(home: Home, id: str) -> dict[str, Any]:
-    """Train on another data set: with its trigger and class word, where it has some, and under its name, where the LoRA is called as the
-    data set before. Raises Problem for one that does not exist, or that is in the training as a further set."""
+    """Train on another data set: with its trigger and class word, and under its name, where the LoRA is called as the data set before. Raises Problem for one that does not exist, or that is in the training as a further set."""
     with _lock:
         before = load(home)
         facts = datasets.open(home, id).read()
@@ -204,8 +203,8 @@ def open_dataset(home: Home, id: str) -> dict[str, Any]:
             return before
         called = leave(home, before)
         new = before | {"dataset": id, "revision": before["revision"] + 1}
-        if facts["trigger"] or facts["class_word"]:
-            new |= {"trigger": facts["trigger"], "class_word": facts["class_word"], "trigger_follows": False}
+        if facts["trigger"] or facts["class_word"] or datasets.open(home, before["dataset"]).count():  # else they were typed for this one
+            new |= {"trigger": facts["trigger"], "class_word": facts["class_word"], "trigger_follows": not facts["trigger"]}
         if facts["name"] and before["name"] in ("", called):
             new["name"] = facts["name"]
         if new["trigger_follows"]:

@@ -114,7 +114,9 @@ def trash(data: Dataset) -> Path:
         try:
             data.root.rename(target)
         except OSError as error:
-            raise Problem(f"{data.root} cannot be moved to the trash ({error.strerror}). Close what uses it, then try again.", 409) from None
+            raise Problem(
+                f"{data.root} cannot be moved to the trash ({error.strerror}). Close what uses it, then try again.", 409
+            ) from None
     return target
 
 
@@ -263,4 +265,10 @@ def _split(data: Dataset, title: str) -> list[Dataset]:
 def stamp(data: Dataset, folder: Path) -> dict[str, Any]:
     """What a run keeps of a data set whose images were put into `folder` for it: {"dataset", "name", "images", "version", "time"}."""
     images = len(listing(folder))
-    return {"dataset": data.id, "name": data.read()["name"], "images": images, "version": version(folder, data.home.cache), "time": time.time()}
+    return {
+        "dataset": data.id,
+        "name": data.read()["name"],
+        "images": images,
+        "version": version(folder, data.home.cache),
+        "time": time.time(),
+    }

@@ -341,7 +341,9 @@ class _Found:
             self.say("error", str(error), "model")
             return
         except ValueError as error:  # a bucket step above the resolution, or too fine; nothing to keep, or nothing left to train on
-            field = "class_word" if "class_word" in str(error) else "dataset.hold_out" if "hold_out" in str(error) else "dataset.bucket_step"
+            field = (
+                "class_word" if "class_word" in str(error) else "dataset.hold_out" if "hold_out" in str(error) else "dataset.bucket_step"
+            )
             self.say("error", forms.in_words(str(error)), field)
             return
         self.answer["steps"] = plan.length(self.laid, self.config)

@@ -2,11 +2,12 @@
 import { attempt, button, api, field, fill, h, lightbox, plural, post, Refused, toast } from "/static/core.js";
 import { keyed, undo } from "/static/draft.js";
 import { adviceList } from "/static/advice.js";
-import { chosen, dropped, sorted, upload } from "/static/intake.js";
+import { chooser, furtherSets } from "/static/datasets.js";
+import { chosen, dropped, looking, sorted, upload } from "/static/intake.js";
 
 const FEW = 24;  // cards shown at first: Start must not be pushed out of reach by 300 pictures
 const SHORT = { small: "small", blurred: "blurred", duplicate: "duplicate", bars: "bars", long: "long", odd: "odd", crop: "cut off" };
-const ACCEPT = "image/*,.txt,.caption,.zip";
+const ACCEPT = "image/*,.txt,.caption,.jsonl,.csv,.tsv,.json,.zip";
 
 export function imagesSection(page) {
   const { draft } = page;
@@ -34,23 +35,38 @@ export function imagesSection(page) {
     const { take, problems: left } = sorted(list);
     tell(left);
     if (!take.length) return;
-    const show = (share) => {
-      bar.style.width = 100 * share + "%";
-      progress.firstChild.setAttribute("aria-valuenow", Math.round(100 * share));
-      progressText.textContent = share < 1 ? `Uploading ${plural(take.length, "file")}: ${Math.round(100 * share)} %` : "Looking at the pictures …";
-    };
-    show(0);
-    progress.hidden = false;
+    let end = () => {};
+    const sent = upload(take, (share) => {
+      if (share < 1) return meter(share, `Uploading ${plural(take.length, "file")}: ${Math.round(100 * share)} %`);
+      end();
+      end = look();
+    });
+    going = sent;
+    meter(0, `Uploading ${plural(take.length, "file")} …`);
     try {
-      going = upload(take, show);
-      took(await draft.changeImages(() => going.done), left);
+      took(await draft.changeImages(() => sent.done), left);
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       tell([...left, error.message]);
     } finally {
-      going = null;
-      progress.hidden = true;
+      end();
+      done();
     }
+  }
+  function meter(share, text) {
+    progress.hidden = false;
+    bar.style.width = 100 * share + "%";
+    progress.firstChild.setAttribute("aria-valuenow", Math.round(100 * share));
+    progressText.textContent = text;
+  }
+  function look() {  // what came is looked at on the server, which takes a while for many large pictures
+    going = { cancel: () => attempt(() => post("/images/looking/cancel")) };
+    meter(0, "Looking at the pictures …");
+    return looking((now) => meter(now.done / now.total, `Looking at the pictures: ${now.done} of ${now.total}`));
+  }
+  function done() {
+    going = null;
+    progress.hidden = true;
   }
   function took(answer, left = []) {
     tell([...left, ...(answer.problems || [])]);
@@ -88,6 +104,8 @@ export function imagesSection(page) {
 
   const path = field("Folder on this computer", h("input", { type: "text", id: "folder-path", spellcheck: false, placeholder: "/home/me/pictures/cat or C:\\pictures\\cat" }), { help: "The pictures are used where they are; nothing is copied or changed. Quotes around the path are fine." });
   const useFolder = async () => {
+    if (going) return void toast("Wait until the upload that runs has ended.");
+    const end = look();
     try {
       const answer = await draft.changeImages(() => post("/images/folder", { path: path.control.value }));
       path.error("");
@@ -97,6 +115,9 @@ export function imagesSection(page) {
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       path.error(error.message);
+    } finally {
+      end();
+      done();
     }
   };
   path.control.addEventListener("keydown", (e) => { if (e.key === "Enter") { e.preventDefault(); useFolder(); } });
@@ -187,7 +208,7 @@ export function imagesSection(page) {
   };
   page.places.images = () => { drop.scrollIntoView({ block: "center" }); dropButton.focus(); };
   draft.on("images", draw);
-  return [drop, files, folder, h("div", { class: "la-row nl-ways" }, button("Choose files", () => files.click()), button("Choose a folder", () => folder.click()), local), progress, problems, example, adviceList(page), line, grid, more];
+  return [chooser(page), drop, files, folder, h("div", { class: "la-row nl-ways" }, button("Choose files", () => files.click()), button("Choose a folder", () => folder.click()), local), progress, problems, example, adviceList(page), line, grid, more, furtherSets(page)];
 }
 
 /** Lay the bright part over a picture: `crop` [left, top, width, height] in shares of the image. */

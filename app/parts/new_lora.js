@@ -17,7 +17,7 @@ export async function mount(root) {
 
   // Where the finger of the preflight list points: each section says how to reach its fields.
   const places = {};
-  const page = { draft, places, go: (place) => (places[place] ?? ((key) => places.setting(key)))(place) };
+  const page = { draft, places, go: (place) => (places[place] ?? (place.startsWith("data.") ? places.sets : (key) => places.setting(key)))(place) };
   const section = (number, id, title, lead, ...rest) => h("section", { class: "la-section", id: "nl-" + id, "aria-labelledby": `nl-${id}-title`, data: { section: id } },
     h("div", { class: "nl-head" }, h("h2", { class: "la-h2", id: `nl-${id}-title` }, h("span", { class: "la-number" }, number), title), lead && h("p", { class: "la-lead" }, lead)), rest);
 
