@@ -237,8 +237,8 @@ def listed(label: str, file: BinaryIO | Path) -> list[Arrival] | None:
     """The captions of a list of them (metadata.jsonl, .csv, kohya's .json); None where it is none."""
     if (
         Path(label).suffix.lower() not in caption_lists.SUFFIXES
-        or isinstance(file, Path)
-        and file.stat().st_size > caption_lists.MOST_BYTES
+        or (isinstance(file, Path)
+        and file.stat().st_size > caption_lists.MOST_BYTES)
     ):
         return None
     found = caption_lists.read(label, file.read_bytes() if isinstance(file, Path) else file.read())

@@ -6,27 +6,14 @@ import zipfile
 
 import numpy as np
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from app import caption_lists, datasets, draft, exchange, preflight
-from app.api import router
-from app.context import Context
 from app.paths import Home
-from app.server import _answer_errors
-from tests.app.test_api_images import home, picture, runner  # noqa: F401 (fixtures)
+from tests.app.test_api_images import picture
 from trainer.config.load import validate
 from trainer.data.scan import scan
-
-
-@pytest.fixture
-def client(home, runner) -> TestClient:  # noqa: F811
-    app = FastAPI()
-    app.state.context = Context(home, runner)
-    app.include_router(router)
-    _answer_errors(app)
-    return TestClient(app)
 
 
 def make(home: Home, n: int = 3, name: str = "Cats") -> datasets.Dataset:
@@ -62,7 +49,7 @@ def texts(data: datasets.Dataset) -> dict[str, str]:
 # ---- versions
 
 
-def test_a_version_changes_with_everything_that_is_trained_and_with_nothing_else(home):  # noqa: F811
+def test_a_version_changes_with_everything_that_is_trained_and_with_nothing_else(home):
     data = make(home)
     first = exchange.version(data.images, home.cache)
     assert len(first) == 12 and exchange.version(data.images, home.cache) == first
@@ -88,7 +75,7 @@ def test_a_version_changes_with_everything_that_is_trained_and_with_nothing_else
 # ---- out and in
 
 
-def test_a_zip_comes_back_as_it_was(home, tmp_path):  # noqa: F811
+def test_a_zip_comes_back_as_it_was(home, tmp_path):
     data = make(home)
     raw = exported(data)
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -109,7 +96,7 @@ def test_a_zip_comes_back_as_it_was(home, tmp_path):  # noqa: F811
     assert again.read()["trigger"] == "mycat" and again.masked() == 1
 
 
-def test_a_zip_is_written_in_pieces(home):  # noqa: F811
+def test_a_zip_is_written_in_pieces(home):
     data = datasets.create(home, "Large")
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (1200, 1200, 3), np.uint8))
     out = io.BytesIO()
@@ -121,7 +108,7 @@ def test_a_zip_is_written_in_pieces(home):  # noqa: F811
         assert archive.read("a.png") == out.getvalue()
 
 
-def test_folders_of_kohya_become_sets_of_their_own(home, tmp_path):  # noqa: F811
+def test_folders_of_kohya_become_sets_of_their_own(home, tmp_path):
     files = {}
     for folder, n in (("img/10_zorp creature", 3), ("img/20_owla", 2), ("reg/1_creature", 2)):
         for k in range(n):
@@ -155,7 +142,7 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_lists_of_captions(home, tmp_path, name):  # noqa: F811
+def test_lists_of_captions(home, tmp_path, name):
     files = {"a.png": picture(1), "sub/b.png": picture(2), name: LISTS[name]}
     (new,), problems = exchange.bring_files(home, [("x.zip", io.BytesIO(zipped({f"top/{k}": v for k, v in files.items()})))])
     assert problems == [] and texts(new) == {"a.png": "one", "b.png": "two, three"}
@@ -174,7 +161,7 @@ def test_what_is_no_list_of_captions(raw):
 
 
 @pytest.mark.parametrize("files", [{}, {"a.txt": b"alone"}, {"x.pdf": b"%PDF"}], ids=str)
-def test_an_import_without_images_leaves_nothing_behind(home, client, files):  # noqa: F811
+def test_an_import_without_images_leaves_nothing_behind(home, client, files):
     draft.load(home)
     before = sorted(home.datasets.iterdir())
     answer = client.post("/api/datasets/import", files=[("files", ("x.zip", zipped(files)))])
@@ -182,7 +169,7 @@ def test_an_import_without_images_leaves_nothing_behind(home, client, files):  #
     assert sorted(home.datasets.iterdir()) == before
 
 
-def test_a_zip_that_means_harm_is_told(home, client):  # noqa: F811
+def test_a_zip_that_means_harm_is_told(home, client):
     evil = zipped({"../../evil.png": picture(1), "/abs/dataset.json": b'{"name": 5, "trigger": "x"}'})
     (new,), _ = exchange.bring_files(home, [("x.zip", io.BytesIO(evil))])
     assert new.names() == ["evil.png"] and new.read()["name"] == "x" and new.read()["trigger"] == "x"
@@ -192,7 +179,7 @@ def test_a_zip_that_means_harm_is_told(home, client):  # noqa: F811
 # ---- the routes
 
 
-def test_the_list_names_copies_and_the_trash(client: TestClient, home):  # noqa: F811
+def test_the_list_names_copies_and_the_trash(client: TestClient, home):
     cats = make(home)
     opened = client.post(f"/api/datasets/{cats.id}/open").json()["draft"]
     assert (opened["dataset"], opened["name"], opened["trigger"], opened["class_word"]) == (cats.id, "Cats", "mycat", "cat")
@@ -217,7 +204,7 @@ def test_the_list_names_copies_and_the_trash(client: TestClient, home):  # noqa:
     assert client.get("/api/datasets/../x").status_code in (404, 405)
 
 
-def test_a_data_set_is_found_again_under_what_it_was_trained_as(client, home):  # noqa: F811
+def test_a_data_set_is_found_again_under_what_it_was_trained_as(client, home):
     client.post("/api/images", files=[("files", ("a.png", picture(1)))])
     client.patch("/api/draft", json={"name": "Fox", "trigger": "foxu", "class_word": "fox"})
     old = draft.load(home)["dataset"]
@@ -229,7 +216,7 @@ def test_a_data_set_is_found_again_under_what_it_was_trained_as(client, home):  
     assert (now["name"], now["trigger"]) == ("Kept", "foxu")  # a name of its own stays
 
 
-def test_export_and_import_over_http(client, home):  # noqa: F811
+def test_export_and_import_over_http(client, home):
     cats = make(home)
     answer = client.get(f"/api/datasets/{cats.id}/export")
     assert answer.headers["content-type"] == "application/zip" and "Cats.zip" in answer.headers["content-disposition"]
@@ -239,7 +226,7 @@ def test_export_and_import_over_http(client, home):  # noqa: F811
     assert client.post("/api/datasets/import-folder", json={"path": "/none/there"}).status_code == 400
 
 
-def test_sets_of_kohya_are_trained_together(client, home, tmp_path):  # noqa: F811
+def test_sets_of_kohya_are_trained_together(client, home, tmp_path):
     for folder, n in (("10_zorp creature", 2), ("30_owla bird", 2), ("reg/1_creature", 3)):
         (tmp_path / folder).mkdir(parents=True)
         for k in range(n):

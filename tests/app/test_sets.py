@@ -9,14 +9,13 @@ from app import draft, exchange, preflight
 from app.api import runs
 from app.context import Context
 from app.errors import Problem
-from tests.app.test_api_images import home, runner  # noqa: F401 (fixtures)
-from tests.app.test_exchange import client, make  # noqa: F401 (a fixture)
+from tests.app.test_exchange import make
 from trainer import plan
 from trainer.config.load import validate
 
 
 @pytest.fixture
-def three(home):  # noqa: F811
+def three(home):
     """The draft trains zorp's pictures, and two data sets with other words stand beside it."""
     draft.example(home)
     draft.update(home, class_word="creature", changes={"train.visits": 4, "dataset.hold_out": 0})
@@ -27,7 +26,7 @@ def further(data, **more) -> dict:
     return {"dataset": data.id, **more}
 
 
-def test_each_set_has_its_own_visits_weight_trigger_and_kind(home, three):  # noqa: F811
+def test_each_set_has_its_own_visits_weight_trigger_and_kind(home, three):
     cats, creatures = three
     alone = preflight.make(home)
     now = draft.update(
@@ -55,7 +54,7 @@ def test_each_set_has_its_own_visits_weight_trigger_and_kind(home, three):  # no
     assert (len(laid.images), len(laid.held_out)) == (14, 3)
 
 
-def test_a_run_has_every_set_and_says_what_exactly_it_holds(home, three, runner):  # noqa: F811
+def test_a_run_has_every_set_and_says_what_exactly_it_holds(home, three, runner):
     cats, creatures = three
     draft.update(home, sets=[further(cats, visits=2, trigger="mycat"), further(creatures, kind="prior")])
     run = runs._from_draft(Context(home, runner))
@@ -74,7 +73,7 @@ def test_a_run_has_every_set_and_says_what_exactly_it_holds(home, three, runner)
     assert preflight.make(home)["images"] == 19
 
 
-def test_the_text_of_the_draft_has_every_set(home, three):  # noqa: F811
+def test_the_text_of_the_draft_has_every_set(home, three):
     cats, creatures = three
     now = draft.update(home, sets=[further(cats, visits=9, trigger="mycat", weight=0.25), further(creatures, kind="prior")])
     text = draft.to_toml(home, now)
@@ -94,7 +93,7 @@ def test_the_text_of_the_draft_has_every_set(home, three):  # noqa: F811
         ([{"visits": 0}], "whole number"), ([{"visits": True}], "whole number"), ([{"weight": 0}], "above 0"), ([{"weight": "2"}], "above 0"),
     ],
 )  # fmt: skip
-def test_a_set_that_cannot_be_is_refused_and_nothing_is_changed(home, three, given, said):  # noqa: F811
+def test_a_set_that_cannot_be_is_refused_and_nothing_is_changed(home, three, given, said):
     if isinstance(given, list):
         given = [{"dataset": three[0].id} | each if "folder" not in each else each for each in given]
     before = draft.load(home)
@@ -107,7 +106,7 @@ def test_a_set_that_cannot_be_is_refused_and_nothing_is_changed(home, three, giv
         draft.update(home, sets=[{"dataset": before["dataset"]}])
 
 
-def test_what_is_used_is_not_thrown_away_and_what_is_gone_is_said(home, three, client):  # noqa: F811
+def test_what_is_used_is_not_thrown_away_and_what_is_gone_is_said(home, three, client):
     cats, _ = three
     draft.update(home, sets=[further(cats)])
     assert client.post(f"/api/datasets/{cats.id}/trash").status_code == 409
@@ -118,7 +117,7 @@ def test_what_is_used_is_not_thrown_away_and_what_is_gone_is_said(home, three, c
     assert client.get("/api/images/advice").status_code == 200
 
 
-def test_the_advice_knows_the_words_of_the_other_sets(home, three, client):  # noqa: F811
+def test_the_advice_knows_the_words_of_the_other_sets(home, three, client):
     cats, _ = three
     cats.set_caption(cats.image_id("1.png"), "mycat beside a zorp")
     draft.update(home, sets=[further(cats, trigger="mycat")])
@@ -126,7 +125,7 @@ def test_the_advice_knows_the_words_of_the_other_sets(home, three, client):  # n
     assert said == ["1 caption of Cats says “zorp”, the trigger word of the images here. Take it out there, so that the two stay apart."]
 
 
-def test_keeping_the_class_takes_longer_and_needs_a_word(home, three, monkeypatch):  # noqa: F811
+def test_keeping_the_class_takes_longer_and_needs_a_word(home, three, monkeypatch):
     speed = preflight.Speed("demo", "sd1", "", 1e6, 0, {"text_1": True, "dtype": "auto", "memory": "fast", "batch_size": 1}, True, 0, 0)
     monkeypatch.setattr(preflight, "earlier", lambda home: [speed])
     monkeypatch.setattr(preflight, "_alike", lambda *given: True)
@@ -141,7 +140,7 @@ def test_keeping_the_class_takes_longer_and_needs_a_word(home, three, monkeypatc
     assert [i["field"] for i in found["preflight"] if i["level"] == "error"] == ["class_word"]
 
 
-def test_a_draft_of_an_earlier_version_gets_no_further_sets(home):  # noqa: F811
+def test_a_draft_of_an_earlier_version_gets_no_further_sets(home):
     kept = draft.load(home)
     del kept["sets"]
     Path(home.draft).write_text(json.dumps(kept), encoding="utf-8")

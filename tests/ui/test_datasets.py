@@ -114,7 +114,7 @@ def test_another_set_is_trained_together(open_page, app, shots, zorps):
     page.locator("#choose-files").set_input_files(zorps)
     expect(cards(page)).to_have_count(14)
     made = app.post("/datasets/import-folder", {"path": str(shots[0].parent)})["added"][0]
-    app.post(f"/datasets/{[s for s in app.get('/datasets')['datasets'] if s['name'] == 'Zorp' and s['images'] == 14][0]['id']}/open")
+    app.post(f"/datasets/{next(s['id'] for s in app.get('/datasets')['datasets'] if s['name'] == 'Zorp' and s['images'] == 14)}/open")
     app.post("/draft", {"model": "demo", "preset": "demo", "changes": {"train.batch_size": 1, "train.visits": 10, "dataset.hold_out": 0}}, method="PATCH")  # fmt: skip
     page.reload()
     expect(page.locator("#plan-line")).to_have_attribute("data-steps", "140")
