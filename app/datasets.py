@@ -27,7 +27,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -361,28 +361,33 @@ class Dataset:
         new = {name: text for name, text in new.items() if text != (old[name][1] if name in old else "")}
         if new:
             self._remember(label, captions={name: old[name][1] if name in old else None for name in new})
-            for name, text in new.items():
-                self._write_caption(name, text)
+            self._write_captions(new)
 
-    def _write_caption(self, name: str, text: str | None) -> None:
-        """Write an image's caption into the file that the trainer reads for it alone; None removes that file."""
-        folder = self.images if (self.images / name).exists() else self.removed
-        if not (folder / name).exists():
-            return
-        texts = self._texts(folder)
-        file = texts[name][0] if name in texts else None
-        shared = sum(other == file for other, _ in texts.values()) > 1
-        if text is None and file and not shared:
-            file.unlink()
-        elif text is not None or shared:
-            own = self._own_file(name) if file is None or shared else file.name
-            write_atomic(folder / own, f"{text}\n" if text else "", "a caption")
+    def _write_captions(self, new: Mapping[str, str | None]) -> None:
+        """Write images' captions, each into the file that the trainer reads for it alone; None removes that file."""
+        texts = {folder: self._texts(folder) for folder in (self.images, self.removed)}
+        users = {folder: Counter(file for file, _ in held.values()) for folder, held in texts.items()}
+        stems = self._stems()
+        for name, text in new.items():
+            folder = self.images if (self.images / name).exists() else self.removed
+            if not (folder / name).exists():
+                continue
+            file = texts[folder][name][0] if name in texts[folder] else None
+            shared = users[folder][file] > 1
+            if text is None and file and not shared:
+                file.unlink()
+            elif text is not None or shared:
+                own = self._own_file(name, stems) if file is None or shared else file.name
+                write_atomic(folder / own, f"{text}\n" if text else "", "a caption")
+                users[folder][file] -= shared
 
-    def _own_file(self, name: str) -> str:
+    def _stems(self) -> Counter[str]:
+        """How many images, active or removed, have each name without its ending."""
+        return Counter(intake.key(Path(n).stem) for n in self._names(self.images) + self._names(self.removed))
+
+    def _own_file(self, name: str, stems: Counter[str]) -> str:
         """`a.txt` for `a.png`; `a.png.txt` where there is another `a.*` too."""
-        stem = intake.key(Path(name).stem)
-        alike = [n for n in self._names(self.images) + self._names(self.removed) if intake.key(Path(n).stem) == stem]
-        return f"{name}.txt" if len(alike) > 1 else f"{Path(name).stem}.txt"
+        return f"{name}.txt" if stems[intake.key(Path(name).stem)] > 1 else f"{Path(name).stem}.txt"
 
     # ---- crops and masks
 
@@ -519,30 +524,35 @@ class Dataset:
 
     def _set_active(self, ids: Sequence[str], active: bool) -> None:
         with self.lock:
-            found = [self.find(id) for id in ids]
+            there = {self.image_id(n): f / n for f in (self.removed, self.images) for n in self._names(f)}
+            found = [there[id] if id in there else self.find(id) for id in dict.fromkeys(ids)]
             names = [p.name for p in found if (p.parent == self.images) != active]
             if not names:
                 return
             label = names[0] if len(names) == 1 else _count(len(names), "image")
             self._remember(f"{'Restore' if active else 'Remove'} {label}", active=dict.fromkeys(names, not active))
-            for name in names:
-                self._move(name, active)
+            self._move(dict.fromkeys(names, active))
 
-    def _move(self, name: str, active: bool) -> None:
-        source, target = (self.removed, self.images) if active else (self.images, self.removed)
-        if not (source / name).exists():
-            return
-        texts = self._texts(source)
-        target.mkdir(exist_ok=True)
-        if name in texts:
-            file, text = texts[name]
-            write_atomic(target / self._own_file(name), f"{text}\n" if text else "", "a caption")
-        mask = self._masks(source).get(name)
-        replace(source / name, target / name)
-        if mask:
-            replace(mask, target / mask.name)
-        if name in texts and not any(other == file for n, (other, _) in texts.items() if n != name):
-            file.unlink(missing_ok=True)
+    def _move(self, moves: Mapping[str, bool]) -> None:
+        """Make images active or not, with their captions and masks."""
+        folders = (self.images, self.removed)
+        texts, covers = {f: self._texts(f) for f in folders}, {f: self._masks(f) for f in folders}
+        users, stems = {f: Counter(file for file, _ in texts[f].values()) for f in folders}, self._stems()
+        for name, active in moves.items():
+            source, target = (self.removed, self.images) if active else (self.images, self.removed)
+            if not (source / name).exists():
+                continue
+            target.mkdir(exist_ok=True)
+            file, text = texts[source].get(name, (None, ""))
+            if file:
+                write_atomic(target / self._own_file(name, stems), f"{text}\n" if text else "", "a caption")
+            replace(source / name, target / name)
+            if mask := covers[source].get(name):
+                replace(mask, target / mask.name)
+            if file:
+                users[source][file] -= 1
+                if not users[source][file]:
+                    file.unlink(missing_ok=True)
 
     # ---- undo
 
@@ -558,10 +568,8 @@ class Dataset:
             if not history:
                 return ""
             entry = history[-1]
-            for name, active in entry["active"].items():
-                self._move(name, active)
-            for name, text in entry["captions"].items():
-                self._write_caption(name, text)
+            self._move(entry["active"])
+            self._write_captions(entry["captions"])
             for name, kept in entry.get("masks", {}).items():
                 self._keep_mask(name)
                 self._write_mask(name, (self.backup / "masks" / kept).read_bytes() if kept else None)
@@ -676,7 +684,7 @@ class Dataset:
             active, captions = {}, {}
             before = {name: text for name, (_, text) in {**self._texts(self.removed), **self._texts(self.images)}.items()}
             known = {n: pictures.inspect(f / n, self.home.cache) for f in (self.images, self.removed) for n in self._names(f)}
-            fresh = []
+            fresh, taken = [], intake.Taken(known)
             for arrival in good:
                 twin = next(
                     (n for n, found in known.items() if found[0] == arrival.digest and intake.same_name(facts, n, arrival.label)), None
@@ -684,13 +692,15 @@ class Dataset:
                 if twin:
                     if (self.removed / twin).exists():
                         active[twin] = False
-                        self._move(twin, True)
+                        self._move({twin: True})
                     elif twin not in fresh:
                         problems.append(f"{arrival.label} is in the data set already, as {twin}.")
                     fresh.append(twin)
                     continue
-                name = intake.free_name(PurePosixPath(arrival.label).name, known)
-                self._split_caption(name)
+                name = intake.free_name(PurePosixPath(arrival.label).name, taken)
+                if intake.key(Path(name).stem) in taken.stems:
+                    self._split_caption(name)
+                taken.add(name)
                 replace(arrival.path, self.images / name)
                 facts["files"][name] = {"from": arrival.label, "origin": str(arrival.origin) if arrival.origin else None}
                 known[name] = pictures.inspect(self.images / name, self.home.cache)
@@ -699,9 +709,9 @@ class Dataset:
             waiting = [intake.Arrival(label, text=text) for label, text in facts["waiting"].items()]
             facts["waiting"] = {}
             texts = sorted([a for a in arrivals if not a.path and a.crops is None], key=lambda a: intake.rank(a.label))
-            lost = []
+            lost, matcher = [], intake.Matcher(facts, fresh, self._names(self.images))
             for arrival in [*waiting, *texts]:
-                names, why = intake.match(arrival.label, facts, fresh, self._names(self.images))
+                names, why = matcher.match(arrival.label)
                 for name in names:
                     captions[name] = arrival.text
                 if not names:
@@ -715,7 +725,7 @@ class Dataset:
                 problems.append(f"No image has the name of {names}. The text is kept for an image of that name, added later.")
             self.save(facts)
             captions = {n: text for n, text in captions.items() if text != before.get(n, "")}
-            covers = self._masks_among(arrivals, facts, fresh, problems)
+            covers = self._masks_among(arrivals, matcher, problems)
             points = self._points_among(arrivals, facts, fresh)
             if undoable and (active or captions or covers or points):
                 counts = ((active, "image"), (captions, "caption"), (covers, "mask"), (points, "crop"))
@@ -728,16 +738,13 @@ class Dataset:
                     masks={n: was for n, was in kept.items() if was or n not in active},
                     crops={n: cropped.get(n) for n in points if n in cropped or n not in active},
                 )
-            for name, text in captions.items():
-                self._write_caption(name, text)
+            self._write_captions(captions)
             for name, raw in covers.items():
                 self._write_mask(name, raw)
             self._save_crops(points)
         return len(active)
 
-    def _masks_among(
-        self, arrivals: Iterable[intake.Arrival], facts: dict[str, Any], fresh: list[str], problems: list[str]
-    ) -> dict[str, bytes]:
+    def _masks_among(self, arrivals: Iterable[intake.Arrival], matcher: intake.Matcher, problems: list[str]) -> dict[str, bytes]:
         """The masks that came in, by the images that they belong to; what belongs to none is told."""
         found, old = {}, self._masks(self.images)
         for arrival in (a for a in arrivals if a.mask and a.path):
@@ -746,7 +753,7 @@ class Dataset:
                 problems.append(f"{arrival.label} {look}")
                 continue
             stem = arrival.label[: -len(intake.MASK)]
-            names, why = intake.match(f"{stem}.txt", facts, fresh, self._names(self.images))
+            names, why = matcher.match(f"{stem}.txt")
             if not names:
                 problems.append(why or f"{arrival.label} is the mask of no image here. Add it together with its image, or after it.")
             for name in names:
