@@ -198,7 +198,7 @@ def bars(image: PIL.Image.Image) -> float:
     the line behind it is another colour. So a plain background around a subject is none, whose outline begins somewhere.
     """
     step = -(-max(image.size) // 160)  # as many pixels tell as much
-    whole = np.asarray(image, np.int16)[::step, ::step]
+    whole = np.asarray(image)[::step, ::step].astype(np.int16)
     return max(_bars(whole), _bars(whole.transpose(1, 0, 2)))
 
 
