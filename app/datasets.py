@@ -115,7 +115,9 @@ class Dataset:
     def _names(self, folder: Path) -> list[str]:
         if not folder.is_dir():
             return []
-        return sorted(f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and not masks.is_mask(f.name))
+        return sorted(
+            f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and not masks.is_mask(f.name)
+        )
 
     def _texts(self, folder: Path) -> dict[str, tuple[Path, str]]:
         """(caption file, its text) of each image in a folder that has one: the file that the trainer would read."""
