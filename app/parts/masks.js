@@ -101,7 +101,7 @@ export function masksPanel(page) {
     follow();
   }
 
-  const masks = h("div", { class: "la-stack" }, h("h3", { class: "la-h3" }, "Masks"), h("p", { class: "la-help" }, "A mask says which part of an image is learned. Most trainings need none; they help where the same background is in every image."), count, off, weight, clear,
+  const masks = h("div", { class: "la-stack" }, h("h3", { class: "la-h3" }, "Masks"), h("p", { class: "la-help" }, "A mask says which part of an image is learned. Most trainings need none; they help where the same background is in every image. ", h("a", { href: "/help/images.md" }, "More on crops and masks")), count, off, weight, clear,
     h("div", { class: "nl-masks-words" }, prompt.node, begin), job);
   const summary = h("summary", {}, "Crops and masks");
   const node = h("details", { class: "nl-masks", id: "crops-masks", on: { toggle() { if (node.open && !words) read(); } } }, summary, h("div", { class: "nl-masks-body" }, crops, masks));

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
+from test_pages import violations
 
 from trainer.config import DataConfig
 from trainer.data.scan import scan
@@ -72,6 +73,7 @@ def test_a_crop_is_moved_and_a_mask_painted(page, app):
     slider = page.get_by_role("slider", name="Crop")
     expect(slider).to_be_focused()
     expect(slider).to_have_attribute("aria-valuenow", "100")
+    assert violations(page) == []
     with page.expect_response(lambda r: r.url.endswith("/focus")):
         page.locator("#crop-centre").click()
     expect(slider).to_have_attribute("aria-valuenow", "50")
@@ -87,6 +89,7 @@ def test_a_crop_is_moved_and_a_mask_painted(page, app):
     drag(page, box, (0.1, 0.5), (0.4, 0.5))
     drag(page, box, (0.1, 0.1), (0.1, 0.9))
     page.locator("#mask-undo").click()
+    assert violations(page) == []
     canvas.focus()
     for _ in range(8):
         page.keyboard.press("Shift+ArrowRight")
