@@ -9,8 +9,9 @@ const STEPS = 20;  // strokes that can be taken back
 const clamp = (v, low, high) => Math.min(high, Math.max(low, v));
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-/** A crop that is being moved: `image()` the IMAGE as the server has it, `show(crop)` draws it. It is saved a moment after the last move. */
-export function mover(draft, image, show) {
+/** A crop that is being moved: `image()` the IMAGE as the server has it, `show(crop)` draws it. It is saved a moment after the last move;
+ *  `place`: where a refusal is told, as for `attempt`. */
+export function mover(draft, image, show, place = null) {
   let focus = null;
   const crop = () => {
     const { crop } = image();
@@ -18,7 +19,7 @@ export function mover(draft, image, show) {
   };
   const send = debounce(async () => {
     const to = focus, { id } = image();
-    await attempt(() => draft.changeImages(() => api("PUT", `/images/${id}/focus`, { focus: to })));
+    await attempt(() => draft.changeImages(() => api("PUT", `/images/${id}/focus`, { focus: to })), place);
     if (focus === to) focus = null;
     show(crop());
   });
@@ -80,11 +81,12 @@ export function editor(draft, id, mode = "crop") {
   const image = () => draft.images.images.find((i) => i.id === id);
   const title = unique("editor");
   const name = h("h2", { class: "la-h2 la-ellipsis", id: title }), says = h("p", { class: "la-help", role: "status" });
+  const wrong = h("p", { class: "la-error", role: "alert", hidden: true });  // what is said at the page's foot lies behind the dialog
   const picture = h("img", { draggable: false, alt: "" });
   const kept = h("div", { class: "nl-kept cr-kept", tabIndex: 0, role: "slider", "aria-label": "Crop", "aria-valuemin": 0, "aria-valuemax": 100 });
   const stage = h("div", { class: "cr-stage" }, picture, kept);
 
-  const move = mover(draft, image, () => drawCrop());
+  const move = mover(draft, image, () => drawCrop(), wrong);
   draggable(stage, stage, { ...move, free: () => (mode === "crop" ? move.free() : [false, false]) });
   stage.addEventListener("pointerdown", (e) => {
     if (mode !== "crop" || e.target === kept) return;
@@ -105,7 +107,7 @@ export function editor(draft, id, mode = "crop") {
     kept.setAttribute("aria-valuetext", `${Math.round(100 * share)} % from the ${across ? "left" : "top"}`);
     centre.disabled = image().focus[0] === 0.5 && image().focus[1] === 0.5;
   }
-  const change = (call) => async () => { await move.flush(); await attempt(() => draft.changeImages(call)); draw(); };
+  const change = (call) => async () => { await move.flush(); await attempt(() => draft.changeImages(call), wrong); draw(); };
   const centre = button("Centre again", change(() => api("PUT", `/images/${id}/focus`, { focus: null })), { id: "crop-centre" });
   const subject = button("Around the subject", change(() => api("POST", "/images/focus", { how: "subject", ids: [id] })), { id: "crop-subject" });
   const cropTools = h("div", { class: "la-row" }, subject, centre);
@@ -115,7 +117,7 @@ export function editor(draft, id, mode = "crop") {
   const mask = painter(stage, says, () => mode === "mask");
   const alpha = button("From transparency", async () => {
     mask.drop();
-    await attempt(() => draft.changeImages(() => api("POST", "/images/masks/alpha", { ids: [id] })));
+    await attempt(() => draft.changeImages(() => api("POST", "/images/masks/alpha", { ids: [id] })), wrong);
     await mask.load(image());
   }, { id: "mask-alpha" });
   mask.tools.append(alpha);
@@ -124,7 +126,7 @@ export function editor(draft, id, mode = "crop") {
     await move.flush();
     if (!mask.dirty()) return true;
     const png = await mask.png();
-    const done = await attempt(() => draft.changeImages(() => (png ? api("PUT", `/images/${id}/mask`, png) : api("DELETE", `/images/${id}/mask`))));
+    const done = await attempt(() => draft.changeImages(() => (png ? api("PUT", `/images/${id}/mask`, png) : api("DELETE", `/images/${id}/mask`))), wrong);
     if (done) mask.drop();
     return Boolean(done);
   }
@@ -143,6 +145,7 @@ export function editor(draft, id, mode = "crop") {
   }
   async function draw() {
     const now = image();
+    if (!now) return dialog.close();  // gone, by another tab or an undo
     name.textContent = picture.alt = now.name;
     if (picture.getAttribute("src") !== now.full) picture.src = now.full;
     stage.style.setProperty("--ratio", now.width / now.height);
@@ -154,17 +157,19 @@ export function editor(draft, id, mode = "crop") {
     if (mode === "mask") await mask.load(now);
     else mask.hide();
   }
+  const stay = (e) => { if (mask.dirty()) e.preventDefault(); };  // what was painted is not on the disk yet
+  addEventListener("beforeunload", stay);
   const leave = async () => { if (await commit()) dialog.close(); };
   const dialog = h("dialog", { class: "la la-dialog la-lightbox cr-editor", "aria-labelledby": title, on: {
     cancel(e) { e.preventDefault(); leave(); },
-    close() { dialog.remove(); if (mask.dirty()) commit(); },
+    close() { dialog.remove(); removeEventListener("beforeunload", stay); if (mask.dirty()) commit(); },
     keydown(e) {
       if ((e.ctrlKey || e.metaKey) && e.key.toLowerCase() === "z") { e.preventDefault(); if (mode === "mask" && mask.dirty()) mask.undo(); else commit().then(() => undo(draft)).then(draw); }
       if (e.key === "PageDown" || e.key === "PageUp") { e.preventDefault(); show(e.key === "PageDown" ? 1 : -1); }
     },
   } },
     h("div", { class: "la-row la-between cr-head" }, name, h("div", { class: "la-row", role: "group", "aria-label": "What to change" }, modes)),
-    stage, says, cropTools, mask.tools,
+    stage, says, wrong, cropTools, mask.tools,
     h("div", { class: "la-row la-between" }, button("‹ Previous", () => show(-1), { kind: "quiet" }), button("Done", leave, { kind: "primary", id: "editor-done" }), button("Next ›", () => show(1), { kind: "quiet" })));
   document.body.append(dialog);
   dialog.showModal();

@@ -167,6 +167,8 @@ export function imagesSection(page) {
       cropped(kept, move.crop());
       node.classList.toggle("nl-movable", move.free().some(Boolean));
       masked.hidden = !now.mask;
+      adjust.hidden = !now.width;  // it cannot be read
+      open.setAttribute("aria-description", move.free().some(Boolean) ? "The arrow keys move its crop." : "");
       adjust.setAttribute("aria-label", "Crop and mask of " + now.name);
       name.textContent = name.title = now.name;
       facts.textContent = `${now.width} × ${now.height}`;

@@ -21,7 +21,7 @@ export function masksPanel(page) {
 
   // What is outside of masks
 
-  const outside = h("input", { type: "range", id: "unmasked-weight", min: 0, max: 1, step: 0.05, on: { input: () => { shown.textContent = outside.value; weigh(Number(outside.value)); } } });
+  const outside = h("input", { type: "range", id: "unmasked-weight", min: 0, max: 1, step: 0.01, on: { input: () => { shown.textContent = outside.value; weigh(Number(outside.value)); } } });
   const weigh = debounce((value) => draft.patch({ changes: { "dataset.unmasked_weight": value === draft.view.preset_values["dataset.unmasked_weight"] ? null : value } }, true), 200);
   const shown = h("output", { class: "la-num la-small", htmlFor: "unmasked-weight" });
   const weight = h("div", { class: "nl-outside" }, h("label", { class: "la-label", htmlFor: "unmasked-weight" }, "Weight outside masks"), h("div", { class: "la-row" }, outside, shown),

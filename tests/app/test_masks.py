@@ -216,7 +216,7 @@ def test_masks_by_words_are_a_job_that_is_taken_back_whole(client, home, runner)
     (job,) = runner.jobs.list()
     assert (
         job.kind == "mask"
-        and list(job.words[:4]) == ["mask", str(data_of(home).images), "--prompt", "the cat"]
+        and list(job.words[:4]) == ["mask", str(data_of(home).images), "--prompt=the cat", "--source"]
         and "--only-missing" in job.words
     )
     refused = client.post("/api/draft/undo")

@@ -21,36 +21,6 @@ from trainer.run_dir import RunDir, is_alive
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, one_thread) -> Path:
-    """A CLIPSeg of random weights, 32 wide, in the files of a hub repository."""
-    import torch
-    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-    folder = tmp_path_factory.mktemp("clipseg")
-    words = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"), "<|startoftext|>", "<|endoftext|>"]
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
-    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
-    torch.manual_seed(1)
-    config = CLIPSegConfig(
-        text_config={**small, **ends, "vocab_size": len(words), "max_position_embeddings": 20},
-        vision_config={**small, "image_size": 64, "patch_size": 16},
-        projection_dim=32, reduce_dim=16, extract_layers=[1, 2, 3], decoder_num_attention_heads=2, decoder_intermediate_size=32,
-        use_complex_transposed_convolution=False,
-    )  # fmt: skip
-    made = CLIPSegForImageSegmentation(config)
-    with torch.no_grad():
-        for p in made.parameters():  # as made, every place is as likely
-            if p.dim() > 1:
-                torch.nn.init.normal_(p, std=0.4)
-    made.save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps({w: k for k, w in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder
-
-
 @pytest.fixture
 def folder(draw_pictures, tmp_path) -> Path:
     folder = draw_pictures(tmp_path / "images", [(64, 64), (96, 48), (64, 64)])
@@ -67,9 +37,9 @@ def masks(folder: Path) -> dict[str, Path | None]:
     return {i.path.relative_to(folder).as_posix(): i.mask for i in scan([DataConfig(folder=folder)]).images}
 
 
-def test_a_mask_is_what_the_model_finds_for_these_words(model, folder, tmp_path):
+def test_a_mask_is_what_the_model_finds_for_these_words(small_clipseg, folder, tmp_path):
     root = tmp_path / "job"
-    assert mask(folder, root, " a  cat ", settings={"source": str(model), "batch": 3}, device="cpu") == "finished"
+    assert mask(folder, root, " a  cat ", settings={"source": str(small_clipseg), "batch": 3}, device="cpu") == "finished"
     told = {e["file"]: e["area"] for e in job(root, "masked")}
     found = masks(folder)
     assert set(told) == set(found) and {n for n, m in found.items() if m} == {n for n, area in told.items() if area}
@@ -77,7 +47,7 @@ def test_a_mask_is_what_the_model_finds_for_these_words(model, folder, tmp_path)
     end = job(root)[-1]
     assert (end["type"], end["done"], end["total"], end["found"]) == ("finished", 4, 4, sum(bool(m) for m in found.values()))
     asked = json.loads((root / "config.json").read_text())
-    assert (asked["prompt"], asked["source"]) == ("a cat", str(model)) and not (root / "backup").exists()
+    assert (asked["prompt"], asked["source"]) == ("a cat", str(small_clipseg)) and not (root / "backup").exists()
 
     # transformers alone finds the same places
     import torch
@@ -86,10 +56,10 @@ def test_a_mask_is_what_the_model_finds_for_these_words(model, folder, tmp_path)
 
     name = next(n for n, m in found.items() if m)
     image = Image.open(folder / name).convert("RGB")
-    pixels = ViTImageProcessorPil.from_pretrained(model)(image, return_tensors="pt")
+    pixels = ViTImageProcessorPil.from_pretrained(small_clipseg)(image, return_tensors="pt")
     with torch.no_grad():
-        logits = CLIPSegForImageSegmentation.from_pretrained(model).eval()(
-            **CLIPTokenizer.from_pretrained(model)("a cat", return_tensors="pt"), **pixels
+        logits = CLIPSegForImageSegmentation.from_pretrained(small_clipseg).eval()(
+            **CLIPTokenizer.from_pretrained(small_clipseg)("a cat", return_tensors="pt"), **pixels
         )
     likely = logits.logits.reshape(64, 64).sigmoid().numpy()
     grey = np.asarray(Image.open(found[name]).resize((64, 64), Image.Resampling.BOX))
@@ -97,12 +67,12 @@ def test_a_mask_is_what_the_model_finds_for_these_words(model, folder, tmp_path)
     assert Image.open(found["more/00.png"]).size == (1024, 512)
 
     other = tmp_path / "other"
-    mask(folder, other, "a dog", settings={"source": str(model)}, device="cpu")
+    mask(folder, other, "a dog", settings={"source": str(small_clipseg)}, device="cpu")
     assert {e["file"]: e["area"] for e in job(other, "masked")} != told  # the words matter
 
 
-def test_what_stood_there_is_backed_up_a_stop_is_heeded_and_only_missing_goes_on(model, folder, tmp_path):
-    root, settings = tmp_path / "job", {"source": str(model), "batch": 1}
+def test_what_stood_there_is_backed_up_a_stop_is_heeded_and_only_missing_goes_on(small_clipseg, folder, tmp_path):
+    root, settings = tmp_path / "job", {"source": str(small_clipseg), "batch": 1}
     Image.new("L", (64, 64), 77).save(folder / "00-MaskLabel.png")
     mine = (folder / "00-MaskLabel.png").read_bytes()
 
@@ -122,30 +92,30 @@ def test_what_stood_there_is_backed_up_a_stop_is_heeded_and_only_missing_goes_on
     assert len(kept) == 2 and all(p.read_bytes() == raw for p, raw in kept.items())
 
 
-def test_images_of_one_name_and_unreadable_ones_are_passed_over(model, folder, tmp_path, capsys):
+def test_images_of_one_name_and_unreadable_ones_are_passed_over(small_clipseg, folder, tmp_path, capsys):
     Image.new("RGB", (64, 64), "red").save(folder / "00.jpg")
     (folder / "02.png").write_bytes(b"no image")
-    words = ["mask", str(folder), "--prompt", "cat", "--source", str(model), "--run-dir", str(tmp_path / "job"), "--device", "cpu"]
+    words = ["mask", str(folder), "--prompt", "cat", "--source", str(small_clipseg), "--run-dir", str(tmp_path / "job"), "--device", "cpu"]
     assert program.main(words) == 0
     said = capsys.readouterr().out
     assert "00.jpg would share its mask" in said and "02.png cannot be read" in said and "2 of 3: more/00.png: " in said
     assert job(tmp_path / "job")[-1]["skipped"] == 3 and not (folder / "00-masklabel.png").exists()
 
 
-def test_nothing_found_leaves_what_is_there(model, folder, tmp_path, monkeypatch):
+def test_nothing_found_leaves_what_is_there(small_clipseg, folder, tmp_path, monkeypatch):
     Image.new("L", (64, 64), 77).save(folder / "00-masklabel.png")
     mine = (folder / "00-masklabel.png").read_bytes()
     monkeypatch.setattr(clipseg, "build", lambda *given: lambda images, words: [np.full((64, 64), 0.9, np.float32)] * len(images))
-    mask(folder, tmp_path / "job", "unicorn", settings={"source": str(model)}, device="cpu")
+    mask(folder, tmp_path / "job", "unicorn", settings={"source": str(small_clipseg)}, device="cpu")
     assert job(tmp_path / "job")[-1]["found"] == 0 and {n: bool(m) for n, m in masks(folder).items() if m} == {"00.png": True}
     assert (folder / "00-masklabel.png").read_bytes() == mine
 
 
-def test_what_cannot_mask_is_refused_with_a_sentence(model, folder, tmp_path, capsys):
+def test_what_cannot_mask_is_refused_with_a_sentence(small_clipseg, folder, tmp_path, capsys):
     def copy(name: str, leave: str = "", **changes: object) -> Path:
         target = tmp_path / name
         target.mkdir()
-        for path in model.iterdir():
+        for path in small_clipseg.iterdir():
             if path.name != leave:
                 (target / path.name).write_bytes(path.read_bytes())
         if changes:
@@ -171,7 +141,7 @@ def test_what_cannot_mask_is_refused_with_a_sentence(model, folder, tmp_path, ca
             program.main(["mask", str(folder), "--prompt", "cat", "--source", str(source), "--run-dir", str(root), "--device", "cpu"]) == 1
         )
         assert words in capsys.readouterr().err and words in job(root)[-1]["text"] and not is_alive(RunDir(root))
-    assert program.main(["mask", str(folder), "--prompt", " ", "--source", str(model), "--run-dir", str(tmp_path / "job")]) == 1
+    assert program.main(["mask", str(folder), "--prompt", " ", "--source", str(small_clipseg), "--run-dir", str(tmp_path / "job")]) == 1
     assert "--prompt is empty" in capsys.readouterr().err and not list(folder.rglob("*masklabel*"))
 
 

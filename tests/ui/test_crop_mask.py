@@ -129,3 +129,19 @@ def test_a_crop_is_moved_and_a_mask_painted(page, app):
     page.locator("#undo").click()
     expect(second.get_by_text("Mask", exact=True)).to_be_hidden()
     assert files_of(app)["images"]["wide 2.png"]["mask"] is None
+
+
+def test_masks_by_words_come_from_the_trainer_and_are_taken_back(page, app, small_clipseg):
+    app.post("/settings", {"masker": str(small_clipseg)}, method="PATCH")
+    page.locator("#crops-masks summary").click()
+    page.locator("#mask-words-begin").click()
+    expect(page.get_by_text("Say what the masks shall show")).to_be_visible()
+    page.locator("#mask-words").fill("a cat")
+    page.locator("#mask-words-begin").click()
+    expect(page.locator("#mask-status")).to_contain_text("masks made", timeout=60_000)
+    made = {name: bool(i["mask"]) for name, i in files_of(app)["images"].items()}
+    assert len(made) == 16 and sum(made.values()) > 0
+    expect(page.locator(".nl-masked:visible")).to_have_count(sum(made.values()))
+    page.locator("#undo").click()
+    expect(page.locator(".nl-masked:visible")).to_have_count(0)
+    assert not any(i["mask"] for i in files_of(app)["images"].values())
