@@ -299,7 +299,7 @@ class Run:
         elif kind == "resumed":
             self._void(step, seq)
         elif kind in events.TERMINAL:
-            self.stage = ""
+            self.stage, self.step = "", event.get("step", self.step)  # `step` events come every so many steps
             if self.began is not None:
                 self.seconds += event["time"] - self.began
                 self.began = None

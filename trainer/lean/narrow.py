@@ -135,7 +135,7 @@ def _pairs(device: torch.device) -> torch.Tensor:
 def _library() -> bool:
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
-    import bitsandbytes  # noqa: F401 (registers torch.ops.bitsandbytes)
+    from bitsandbytes import functional  # noqa: F401 (it registers torch.ops.bitsandbytes; trainer.imports lets a mere import wait)
 
     return True
 
