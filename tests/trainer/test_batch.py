@@ -64,3 +64,11 @@ def test_a_mirrored_image_has_its_mask_mirrored(configure, settings, one_thread,
         grey = np.asarray(Image.open(tmp_path / "out.png").convert("L")).astype(float)
         left, right = grey[:, 8:24].mean(), grey[:, 40:56].mean()
         assert row["mirrored"] == flip and (right > 2 * left if flip else left > 2 * right)
+
+
+def test_the_latents_are_those_that_the_run_has_kept(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_ATELIER_CACHE", str(tmp_path / "cache"))
+    run = train({"train.visits": 1}).root
+    monkeypatch.setattr("trainer.families.common.Common.encode", None)  # nothing is encoded anew
+    rows = batch.batch(run, 1, tmp_path / "out.png", "cpu")
+    assert rows and Image.open(tmp_path / "out.png").width > 64
