@@ -577,7 +577,7 @@ def _side(value: Any) -> int | None:
 ONE_TRAINER_REASONS = {
     **dict.fromkeys(("concepts", "concept_file_name", "samples", "sample_definition_file_name"), "stands in a file of its own; images are added in the images section"),
     **dict.fromkeys(("ema",), "there is no average of the weights here"),
-    **dict.fromkeys(("masked_training", "normalize_masked_area_loss"), "masks are not used here"),
+    **dict.fromkeys(("masked_training", "normalize_masked_area_loss"), "masks beside the images are used by themselves; paint them, or add them with the images"),
     "layer_filter": "layers are chosen by kind here",
     "gradient_checkpointing": "set there for each part",
     "peft_type": "only plain LoRA is there",

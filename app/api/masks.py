@@ -26,6 +26,7 @@ router = APIRouter()
 
 MASKER = "CIDAS/clipseg-rd64-refined"  # as trainer.maskers.clipseg has it, which the app cannot import
 MASKER_MB = 600
+WHOLE = 0.995  # of a side: an image of which so much is kept has no crop to move, as app/parts/crop.js has it
 _one_at_a_time = threading.Lock()
 
 
@@ -71,7 +72,7 @@ def focus_all(request: Request, body: FocusAllBody) -> dict[str, Any]:
         raise Problem(f"There is no image {unknown[0][:40]!r} in this data set. Reload the page.", 404)
     if body.how == "centre":
         return listing(home, data, changed=data.set_focus(dict.fromkeys(active)))
-    kept = {id: tuple(i["crop"][2:]) for id, i in active.items() if i["crop"]}
+    kept = {id: tuple(i["crop"][2:]) for id, i in active.items() if i["crop"] and min(i["crop"][2:]) < WHOLE}
     try:
         points = data.subjects(kept)
     except DAMAGED as error:
@@ -140,7 +141,7 @@ def mask_by_words(request: Request, body: WordsBody) -> dict[str, Any]:
         if not count:
             raise Problem("Every image has a mask already." if data.count() else "There are no images yet. Add some first.", 409)
         folder = home.jobs / f"{time.strftime('%Y%m%d-%H%M%S')}-mask-{secrets.token_hex(3)}"
-        words = ["mask", str(data.images), "--prompt", prompt, "--source", settings.load(home).masker, "--run-dir", str(folder)]
+        words = ["mask", str(data.images), f"--prompt={prompt}", "--source", settings.load(home).masker, "--run-dir", str(folder)]
         data.checkpoint_masks(f"{masks.BY_WORDS}{prompt}")
         try:
             context.runner.submit("mask", folder, words + (["--only-missing"] if body.which == "missing" else []))

@@ -1,9 +1,11 @@
 // Section 1: pictures come in, and stand there as the training will see them.
 import { attempt, button, api, field, fill, h, lightbox, plural, post, Refused, toast } from "/static/core.js";
+import { cropped, draggable, editor, mover } from "/static/crop.js";
 import { keyed, undo } from "/static/draft.js";
 import { adviceList } from "/static/advice.js";
 import { chooser, furtherSets } from "/static/datasets.js";
 import { chosen, dropped, looking, sorted, upload } from "/static/intake.js";
+import { masksPanel } from "/static/masks.js";
 
 const FEW = 24;  // cards shown at first: Start must not be pushed out of reach by 300 pictures
 const SHORT = { small: "small", blurred: "blurred", duplicate: "duplicate", bars: "bars", long: "long", odd: "odd", crop: "cut off" };
@@ -170,9 +172,12 @@ export function imagesSection(page) {
     const kept = h("span", { class: "nl-kept" });
     const frame = h("span", { class: "nl-frame" }, picture, kept);
     const notes = h("span", { class: "nl-notes" }), facts = h("span", { class: "nl-facts la-num" }), name = h("span", { class: "nl-name" });
-    const open = h("button", { type: "button", class: "nl-open", on: { click: () => enlarge(draft, image.id) } }, frame);
+    const masked = h("span", { class: "nl-masked" }, "Mask");
+    const open = h("button", { type: "button", class: "nl-open", on: { click: () => dragging.dragged() || enlarge(draft, image.id), keydown: (e) => move.key(e) } }, frame);
+    const move = mover(draft, () => image, (crop) => cropped(kept, crop)), dragging = draggable(open, frame, move);
+    const adjust = h("button", { type: "button", class: "nl-adjust", title: "Crop and mask", on: { click: () => editor(draft, image.id) } }, cropIcon());
     const drop = h("button", { type: "button", class: "nl-remove", on: { click: () => remove(image, node) } }, "×");
-    const node = h("li", { class: "nl-card", data: { image: first.id } }, open, drop, h("div", { class: "nl-under" }, name, facts, notes));
+    const node = h("li", { class: "nl-card", data: { image: first.id } }, h("div", { class: "nl-picture" }, open, masked, adjust, drop), h("div", { class: "nl-under" }, name, facts, notes));
     node.update = (now) => {
       image = now;
       if (picture.getAttribute("src") !== now.thumb) picture.src = now.thumb;
@@ -182,11 +187,16 @@ export function imagesSection(page) {
       drop.title = "Remove";
       frame.style.aspectRatio = `${now.width} / ${now.height}`;
       frame.classList.toggle("nl-tall", now.height > now.width);
-      cropped(kept, now.crop);
+      cropped(kept, move.crop());
+      node.classList.toggle("nl-movable", move.free().some(Boolean));
+      masked.hidden = !now.mask;
+      adjust.hidden = !now.width;  // it cannot be read
+      open.setAttribute("aria-description", move.free().some(Boolean) ? "The arrow keys move its crop." : "");
+      adjust.setAttribute("aria-label", "Crop and mask of " + now.name);
       name.textContent = name.title = now.name;
       facts.textContent = `${now.width} × ${now.height}`;
       fill(notes, now.badges.map((b) => h("span", { class: "la-badge la-badge-warn", title: b.text, data: { badge: b.kind } }, SHORT[b.kind] || b.kind, h("span", { class: "nl-note-text" }, ": " + b.text))));
-      node.title = now.bucket ? `Trained as ${now.bucket[0]} × ${now.bucket[1]}; what is dimmed is cut off.` : "";
+      node.title = now.bucket ? `Trained as ${now.bucket[0]} × ${now.bucket[1]}; what is dimmed is cut off.${move.free().some(Boolean) ? " Drag the bright part to move it." : ""}` : "";
     };
     return node;
   }
@@ -208,19 +218,16 @@ export function imagesSection(page) {
   };
   page.places.images = () => { drop.scrollIntoView({ block: "center" }); dropButton.focus(); };
   draft.on("images", draw);
-  return [chooser(page), drop, files, folder, h("div", { class: "la-row nl-ways" }, button("Choose files", () => files.click()), button("Choose a folder", () => folder.click()), local), progress, problems, example, adviceList(page), line, grid, more, furtherSets(page)];
-}
-
-/** Lay the bright part over a picture: `crop` [left, top, width, height] in shares of the image. */
-export function cropped(kept, crop) {
-  const cut = crop && (crop[2] < 0.995 || crop[3] < 0.995);
-  kept.hidden = !cut;
-  if (cut) ["left", "top", "width", "height"].forEach((side, n) => { kept.style[side] = 100 * crop[n] + "%"; });
+  return [chooser(page), drop, files, folder, h("div", { class: "la-row nl-ways" }, button("Choose files", () => files.click()), button("Choose a folder", () => folder.click()), local), progress, problems, example, adviceList(page), line, grid, more, masksPanel(page), furtherSets(page)];
 }
 
 export function enlarge(draft, id) {
   const images = draft.images.images.filter((i) => !i.removed);
   lightbox(images.map((i) => ({ src: i.full, text: [i.name, `${i.width} × ${i.height}`, i.bucket && `trained as ${i.bucket[0]} × ${i.bucket[1]}`, ...i.badges.map((b) => b.text)].filter(Boolean).join(" · ") })), Math.max(0, images.findIndex((i) => i.id === id)));
+}
+
+function cropIcon() {
+  return h("svg", { viewBox: "0 0 20 20", width: 16, height: 16, "aria-hidden": "true" }, h("path", { d: "M6 2v12h12M2 6h12v12" }));
 }
 
 function icon() {

@@ -3,13 +3,14 @@ import { ask, attempt, button, fill, h, post, style, toast } from "/static/core.
 import { openDraft, undo } from "/static/draft.js";
 import { imagesSection } from "/static/images.js";
 import { captionsSection } from "/static/captions.js";
+import { seenPanel } from "/static/seen.js";
 import { purposeSection } from "/static/purpose.js";
 import { modelsSection } from "/static/models.js";
 import { startSection } from "/static/start.js";
 import { advancedDrawer } from "/static/advanced.js";
 
 export async function mount(root) {
-  await style("new_lora", "images", "datasets");
+  await style("new_lora", "images", "crop", "datasets");
   const draft = openDraft();
   const notice = h("p", { class: "la-loading", role: "status" }, "Loading …");
   fill(root, h("div", { id: "la-main", class: "la-main nl" }, notice));
@@ -28,7 +29,7 @@ export async function mount(root) {
     section(1, "images", "Images", "", imagesSection(page)),
     section(2, "what", "What is it?", "", purposeSection(page)),
     section(3, "model", "Which model?", "The model you make pictures with. It is used where it is and never changed.", modelsSection(page)),
-    section(4, "captions", "Captions", "One caption for each picture: what the LoRA should not take for granted, such as background, clothes and pose, is named in words.", captionsSection(page)),
+    section(4, "captions", "Captions", "One caption for each picture: what the LoRA should not take for granted, such as background, clothes and pose, is named in words.", captionsSection(page), seenPanel(page)),
     section(5, "start", "Start", "", startSection(page), advancedDrawer(page))));
 
   document.addEventListener("keydown", (event) => {

@@ -124,7 +124,11 @@ def test_the_subject_is_found_and_a_mask_says_it_better(client, home):
     right.paste(255, (500, 0, 600, 200))
     client.put(f"/api/images/{id}/mask", content=png(right))
     again = client.post("/api/images/focus", json={"how": "subject", "ids": [id]}).json()
-    assert one(found, "a.png")["crop"][0] < 0.05 and one(again, "a.png")["crop"][0] == pytest.approx(0.2) and one(again, "b.png") == one(found, "b.png")
+    assert (
+        one(found, "a.png")["crop"][0] < 0.05
+        and one(again, "a.png")["crop"][0] == pytest.approx(0.2)
+        and one(again, "b.png") == one(found, "b.png")
+    )
     centred = client.post("/api/images/focus", json={"how": "centre"}).json()
     assert {tuple(i["focus"]) for i in centred["images"]} == {(0.5, 0.5)}
 
@@ -210,7 +214,11 @@ def test_masks_by_words_are_a_job_that_is_taken_back_whole(client, home, runner)
     answer = client.post("/api/images/masks/words", json={"prompt": "the  cat"}).json()
     assert answer["job"]["state"] == "waiting" and answer["source"] == "CIDAS/clipseg-rd64-refined" and answer["size_mb"] == 600
     (job,) = runner.jobs.list()
-    assert job.kind == "mask" and list(job.words[:4]) == ["mask", str(data_of(home).images), "--prompt", "the cat"] and "--only-missing" in job.words
+    assert (
+        job.kind == "mask"
+        and list(job.words[:4]) == ["mask", str(data_of(home).images), "--prompt=the cat", "--source"]
+        and "--only-missing" in job.words
+    )
     refused = client.post("/api/draft/undo")
     assert refused.status_code == 409 and "Cancel" in refused.json()["error"]
     assert client.post("/api/images/masks/words", json={"prompt": "cat"}).status_code == 409
