@@ -33,7 +33,7 @@ PRIVATE = {  # keys of configurations and events, by what they hold
     "captions": ("caption", "captions", "trigger", "class_word", "tags", "blocked_tags", "blocked"),
     "prompts": ("prompt", "prompts", "negative", "negative_prompt"),
     "names": ("name", "title", "author", "description", "folder", "source", "file", "path", "images", "license", "words",
-              "lora_folder", "model_folders", "run_folders", "captioners", "sentences", "only"),
+              "lora_folder", "model_folders", "run_folders", "captioners", "sentences", "only", "masker"),
 }  # fmt: skip
 KIND_OF = {key: kind for kind, keys in PRIVATE.items() for key in keys}
 FILES = r"png|jpe?g|webp|gif|bmp|tiff?|heic|avif|txt|caption|safetensors|ckpt|pt|pth|bin|zip|toml|csv"

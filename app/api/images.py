@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
-from app import draft, intake, models, pictures, settings
+from app import advice, draft, intake, masks, models, pictures, settings
 from app.api.draft import view
 from app.context import Context, of
 from app.datasets import Dataset
@@ -55,6 +55,10 @@ class CaptionsBody(Body):
     find: str = ""
     text: str = ""
     ids: list[str] | None = None
+
+
+class IdsBody(Body):
+    ids: list[str]
 
 
 class CaptionBody(Body):
@@ -112,6 +116,47 @@ def images(request: Request) -> dict[str, Any]:
     return listing(home, current(home))
 
 
+@router.get("/images/advice")
+def get_advice(request: Request) -> dict[str, Any]:
+    home = of(request).home
+    data, kept = current(home), draft.load(home)
+    windows = draft.values(home, kept)[0]["dataset.text_windows"]
+    about = advice.About(
+        purpose=kept["purpose"],
+        trigger=kept["trigger"],
+        class_word=kept["class_word"],
+        style=_trained_on(home, kept),
+        windows=windows if windows in (1, 2, 3) else 3,
+        others=tuple(_other(home, each) for each in kept["sets"] if (home.datasets / each["dataset"]).is_dir()),
+    )
+    return {"advice": advice.advise(items(home, data), data.looks(), about)}
+
+
+def _other(home: Home, each: dict[str, Any]) -> advice.Other:
+    data = Dataset(home, each["dataset"])
+    return advice.Other(data.read()["name"] or "another set", each["trigger"], tuple(data.texts().values()))
+
+
+@router.get("/images/looking")
+def looking(request: Request) -> dict[str, Any]:
+    return {"looking": current(of(request).home).looking()}
+
+
+@router.post("/images/looking/cancel")
+def stop_looking(request: Request) -> dict[str, Any]:
+    data = current(of(request).home)
+    data.stop_looking()
+    return {"looking": data.looking()}
+
+
+@router.post("/images/remove")
+def remove(request: Request, body: IdsBody) -> dict[str, Any]:
+    home = of(request).home
+    data = current(home)
+    data.remove(body.ids)
+    return listing(home, data)
+
+
 @router.post("/images")
 async def add(request: Request) -> Any:
     home = of(request).home
@@ -161,6 +206,8 @@ def undo(request: Request) -> dict[str, Any]:
     data = current(home)
     if data.undo_label().startswith(CAPTIONING) and _captioning(context, data):
         raise Problem("The captions are being written now. Cancel the captioning, or wait until it ends, then undo it.", 409)
+    if data.undo_label().startswith(masks.BY_WORDS) and masks.busy(data, context.runner):
+        raise Problem("The masks are being made now. Cancel that, or wait until it ends, then undo it.", 409)
     undone = data.undo()
     if not undone and draft.undo_new(home):
         undone, data = NEW, current(home)
@@ -220,6 +267,14 @@ def suits(home: Home, kept: settings.Settings) -> str:
     """The style of captions for the chosen model: the one last used with it, else tags for those that were trained on tags."""
     model = draft.load(home)["model"]
     return kept.captioners.get(model) or ("tags" if TAGGED.search(Path(model).name) else "sentences")
+
+
+def _trained_on(home: Home, kept: dict[str, Any]) -> str:
+    """The style of captions that the chosen model knows, "" where it is not known or both are fine, as with the children of SD 1 and 2."""
+    if not kept["model"] or kept["example"]:
+        return ""
+    style = suits(home, settings.load(home))
+    return style if style == "tags" or (draft.family(home, kept) in ("sdxl", "sd3") and not draft.variant(home, kept)) else ""
 
 
 def _cached(source: str, name: str) -> Path | None:

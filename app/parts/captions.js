@@ -1,7 +1,8 @@
 // Section 4: captions, written by a captioner or by hand, one or many at a time.
 import { api, ask, attempt, button, field, fill, get, h, plural, post, toast } from "/static/core.js";
 import { keyed, undo } from "/static/draft.js";
-import { cropped, enlarge } from "/static/images.js";
+import { cropped } from "/static/crop.js";
+import { enlarge } from "/static/images.js";
 
 const FEW = 12;
 const MOST_TOKENS = 75;  // what one chunk of CLIP reads; the rest is read in a second one, with less effect
