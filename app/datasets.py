@@ -178,7 +178,7 @@ class Dataset:
             for folder in (self.images, self.removed):
                 texts = self._texts(folder)
                 rows += [(folder / name, texts.get(name, (None, ""))[1]) for name in self._names(folder)]
-                mask_of |= self._masks(folder)
+                mask_of |= {name: mask.stat().st_mtime_ns for name, mask in self._masks(folder).items()}
         with ThreadPoolExecutor(4) as pool:
             facts_of = list(pool.map(inspect, [path for path, _ in rows]))
         good = {path: found for (path, _), found in zip(rows, facts_of, strict=True) if not isinstance(found, str)}
@@ -196,8 +196,8 @@ class Dataset:
             image |= {"linked": bool(facts["files"].get(name, {}).get("origin")), "badges": [], "tokens": caption_texts.tokens(text)}
             image |= {"thumb": f"/api/images/{id}/thumb", "full": f"/api/images/{id}/full"}
             image |= {"focus": list(crops.get(name, CENTRE)), "mask": None, "transparent": False}
-            if mask := mask_of.get(name):
-                image["mask"] = f"/api/images/{id}/mask?v={mask.stat().st_mtime_ns}"
+            if name in mask_of:
+                image["mask"] = f"/api/images/{id}/mask?v={mask_of[name]}"
             if isinstance(found, str):
                 image["badges"] = [{"kind": "odd", "text": f"{name} {found}"}]
             else:
@@ -381,10 +381,12 @@ class Dataset:
     def _masks(self, folder: Path) -> dict[str, Path]:
         return masks.there(folder, self._names(folder))
 
-    def mask(self, id: str) -> Path | None:
-        """The file of an image's mask."""
-        path = self.find(id)
-        return self._masks(path.parent).get(path.name)
+    def mask(self, id: str) -> bytes | None:
+        """What an image's mask holds."""
+        with self.lock:
+            path = self.find(id)
+            mask = self._masks(path.parent).get(path.name)
+            return mask.read_bytes() if mask else None
 
     def set_mask(self, id: str, raw: bytes | None) -> None:
         """Give an image a mask (a picture of its shape, white counts), or none. Raises Problem for what is no such picture."""
