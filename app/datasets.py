@@ -178,7 +178,7 @@ class Dataset:
             for folder in (self.images, self.removed):
                 texts = self._texts(folder)
                 rows += [(folder / name, texts.get(name, (None, ""))[1]) for name in self._names(folder)]
-                mask_of |= {name: mask.stat().st_mtime_ns for name, mask in self._masks(folder).items()}
+                mask_of |= self._masks(folder)
         with ThreadPoolExecutor(4) as pool:
             facts_of = list(pool.map(inspect, [path for path, _ in rows]))
         good = {path: found for (path, _), found in zip(rows, facts_of, strict=True) if not isinstance(found, str)}
@@ -196,8 +196,8 @@ class Dataset:
             image |= {"linked": bool(facts["files"].get(name, {}).get("origin")), "badges": [], "tokens": caption_texts.tokens(text)}
             image |= {"thumb": f"/api/images/{id}/thumb", "full": f"/api/images/{id}/full"}
             image |= {"focus": list(crops.get(name, CENTRE)), "mask": None, "transparent": False}
-            if name in mask_of:
-                image["mask"] = f"/api/images/{id}/mask?v={mask_of[name]}"
+            if mask := mask_of.get(name):
+                image["mask"] = f"/api/images/{id}/mask?v={masks.stamp(mask)}"
             if isinstance(found, str):
                 image["badges"] = [{"kind": "odd", "text": f"{name} {found}"}]
             else:
