@@ -26,9 +26,9 @@ class Settings(BaseModel):
     memory: Literal["auto", "low"] = "auto"  # low: gradient checkpointing on, batches cut into single images
     sentences: str = "Salesforce/blip-image-captioning-large"  # hub id or folder of the captioner behind the button
     tags: str = ""
-    masker: str = "CIDAS/clipseg-rd64-refined"  # hub id or folder of the model that makes masks from words
     captioners: dict[str, Literal["sentences", "tags"]] = {}  # the button last used for each model file
     notify: bool = False  # browser notification at a run's end
+    masker: str = "CIDAS/clipseg-rd64-refined"  # hub id or folder of the model that makes masks from words
 
 
 def load(home: Home) -> Settings:

@@ -44,9 +44,10 @@ export async function mount(root) {
         text("run_folders", "More folders with runs", { rows: 3, read: lines, write: (v) => v.join("\n"), help: "Runs that were started on the command line are listed too." }),
         h("div", { class: "la-field" }, h("span", { class: "la-label" }, "Data folder"), h("p", { class: "la-mono" }, system.data_dir), h("p", { class: "la-help" }, "Images, captions and runs are kept here. Choose another with --data-dir at start.")))),
     section("Captions", "What stands behind the two buttons: a model on huggingface.co (owner/name) or a folder on this computer.",
-      h("div", { class: "la-cols" }, text("sentences", "Sentences"), text("tags", "Tags", { help: "Comes in a later version.", placeholder: "not available yet" }), text("masker", "Masks by words", { help: "A CLIPSeg model." }))),
+      h("div", { class: "la-cols" }, text("sentences", "Sentences"), text("tags", "Tags", { help: "Comes in a later version.", placeholder: "not available yet" }))),
     section("Memory", "", choice("memory", "When training", [["auto", "Automatic", "Fast: whatever fits is kept on the GPU."], ["low", "Save memory", "Slower: activations are computed twice (gradient checkpointing). For GPUs that run full."]])),
     token(),
+    section("Masks", "", h("div", { class: "la-narrow" }, text("masker", "Masks by words", { help: "What finds in an image what you name: a CLIPSeg model on huggingface.co or a folder on this computer." }))),
     section("Appearance", "", choice("theme", "Theme", [["system", "Like the computer", "Changes with it."], ["light", "Light", ""], ["dark", "Dark", ""]], theme), notifications()),
     about()));
   theme(settings.theme);
