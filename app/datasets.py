@@ -220,7 +220,7 @@ class Dataset:
             image |= {"thumb": f"/api/images/{id}/thumb", "full": f"/api/images/{id}/full"}
             image |= {"focus": list(crops.get(name, CENTRE)), "mask": None, "transparent": False}
             if mask := mask_of.get(name):
-                image["mask"] = f"/api/images/{id}/mask?v={mask.stat().st_mtime_ns}"
+                image["mask"] = f"/api/images/{id}/mask?v={masks.stamp(mask)}"
             if isinstance(found, str):
                 image["badges"] = [{"kind": "odd", "text": f"{name} {found}"}]
             else:
@@ -439,10 +439,12 @@ class Dataset:
     def _masks(self, folder: Path) -> dict[str, Path]:
         return masks.there(folder, self._names(folder))
 
-    def mask(self, id: str) -> Path | None:
-        """The file of an image's mask."""
-        path = self.find(id)
-        return self._masks(path.parent).get(path.name)
+    def mask(self, id: str) -> bytes | None:
+        """What an image's mask holds."""
+        with self.lock:
+            path = self.find(id)
+            mask = self._masks(path.parent).get(path.name)
+            return mask.read_bytes() if mask else None
 
     def set_mask(self, id: str, raw: bytes | None) -> None:
         """Give an image a mask (a picture of its shape, white counts), or none. Raises Problem for what is no such picture."""

@@ -29,9 +29,9 @@ class Settings(BaseModel):
     prompts: dict[str, Annotated[str, Field(max_length=4000)]] = {}  # what a captioner is told, by purpose; what is missing is its own
     tag_probability: float = Field(0.35, ge=0.05, le=1)  # tags from this probability on are written
     blocked_tags: str = ""  # tags that are never written, with commas between
-    masker: str = "CIDAS/clipseg-rd64-refined"  # hub id or folder of the model that makes masks from words
     captioners: dict[str, Literal["sentences", "tags"]] = {}  # the button last used for each model file
     notify: bool = False  # browser notification at a run's end
+    masker: str = "CIDAS/clipseg-rd64-refined"  # hub id or folder of the model that makes masks from words
 
 
 def load(home: Home) -> Settings:

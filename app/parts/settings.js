@@ -64,6 +64,7 @@ export async function mount(root) {
         text("blocked_tags", "Tags that are never written", { placeholder: "simple background, watermark", help: "With commas between." }))),
     section("Memory", "", choice("memory", "When training", [["auto", "Automatic", "Fast: whatever fits is kept on the GPU."], ["low", "Save memory", "Slower: activations are computed twice (gradient checkpointing). For GPUs that run full."]])),
     token(),
+    section("Masks", "", h("div", { class: "la-narrow" }, text("masker", "Masks by words", { help: "What finds in an image what you name: a CLIPSeg model on huggingface.co or a folder on this computer." }))),
     section("Appearance", "", choice("theme", "Theme", [["system", "Like the computer", "Changes with it."], ["light", "Light", ""], ["dark", "Dark", ""]], theme), notifications()),
     about()));
   theme(settings.theme);
