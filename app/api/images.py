@@ -180,11 +180,18 @@ def _captioning(context: Context, data: Dataset) -> Path | None:
 def captioners(request: Request) -> dict[str, Any]:
     home = of(request).home
     kept = settings.load(home)
-    source = kept.sentences.strip()
+    source, built_in = _sentences(home, kept)
     there, size, note = _there(source)
-    sentences = {"source": source, "size_mb": size, "there": there, "ready": bool(source), "note": note}
+    sentences = {"source": source, "size_mb": size, "there": there, "ready": bool(source), "note": note, "built_in": built_in}
     later = {"source": kept.tags, "size_mb": None, "there": False, "ready": False, "note": "comes in a later version"}
     return {"sentences": sentences, "tags": later, "suits": suits(home, kept)}
+
+
+def _sentences(home: Home, kept: settings.Settings) -> tuple[str, bool]:
+    """(source of the captioner for sentences, whether it is the built-in example's own). That one knows drawn pictures alone."""
+    if draft.is_example(home, draft.load(home)):
+        return str(draft.EXAMPLE_CAPTIONER), True
+    return kept.sentences.strip(), False
 
 
 def suits(home: Home, kept: settings.Settings) -> str:
@@ -229,10 +236,11 @@ def caption(request: Request, body: CaptionBody) -> dict[str, Any]:
         if not count:
             raise Problem("Every image has a caption already." if data.count() else "There are no images yet. Add some first.", 409)
         kept = settings.load(home)
-        if not kept.sentences.strip():
+        source, _ = _sentences(home, kept)
+        if not source:
             raise Problem("No captioner is set for sentences. Name one under Settings.", 409)
         folder = home.jobs / f"{time.strftime('%Y%m%d-%H%M%S')}-caption-{secrets.token_hex(3)}"
-        words = ["caption", str(data.images), "--captioner", "blip", "--source", kept.sentences.strip(), "--run-dir", str(folder)]
+        words = ["caption", str(data.images), "--captioner", "blip", "--source", source, "--run-dir", str(folder)]
         data.checkpoint(f"{CAPTIONING}{count} image{'' if count == 1 else 's'}")
         try:
             context.runner.submit("caption", folder, words + (["--only-missing"] if body.which == "missing" else []))

@@ -5,6 +5,7 @@ import { cropped, enlarge } from "/static/images.js";
 
 const FEW = 12;
 const MOST_TOKENS = 75;  // what one chunk of CLIP reads; the rest is read in a second one, with less effect
+const BUILT_IN = "Written in seconds by a small captioner that comes with this example: it knows nothing but drawn pictures, and nothing is downloaded.";
 const BUSY = ["waiting", "starting", "running"];
 const ACTIONS = [
   ["trigger_first", "Put the trigger word first", null, null],
@@ -30,15 +31,16 @@ export function captionsSection(page) {
     const face = h("button", { type: "button", class: "nl-captioner", id: "caption-" + style, on: { click: () => begin(style) } }, h("span", { class: "nl-captioner-title" }, h("b", {}, title), badge), note);
     two[style] = { face, badge, note, what };
   }
+  const choice = () => [draft.view.model?.source, ...(draft.view.draft.example ? present().map((i) => i.id) : [])].join();  // what the captioners hang on
   async function readCaptioners() {
-    asked = draft.view.model?.source ?? "";
+    asked = choice();
     captioners = (await attempt(() => get("/captioners"))) ?? captioners;
     if (!captioners) return;
     for (const style of ["sentences", "tags"]) {
       const { face, badge, note, what } = two[style], c = captioners[style];
       badge.hidden = captioners.suits !== style || !draft.view.model;
       face.dataset.ready = c.ready;
-      note.textContent = c.ready ? what + (c.there ? "" : c.size_mb ? `. First use downloads ${size(c.size_mb)}.` : "") : `${what}. Not there yet: ${c.note || "comes in a later version"}.`.replace("..", ".");
+      note.textContent = c.built_in ? BUILT_IN : c.ready ? what + (c.there ? "" : c.size_mb ? `. First use downloads ${size(c.size_mb)}.` : "") : `${what}. Not there yet: ${c.note || "comes in a later version"}.`.replace("..", ".");
     }
   }
   async function begin(style) {
@@ -229,12 +231,12 @@ export function captionsSection(page) {
     empty.scrollIntoView({ block: "center" });
     empty.focus();
   };
-  draft.on("images", draw);
+  draft.on("images", () => { draw(); if (draft.view.draft.example && choice() !== asked) readCaptioners(); });
   draft.on("captions", (id) => { list.querySelector(`[data-caption="${CSS.escape(id)}"]`)?.saved(); draw(); });
   draft.on("view", (view) => {
     drawJob(view.caption_job);
     drawBulk();
-    if ((view.model?.source ?? "") !== asked || (view.caption_job?.state === "finished" && captioners && !captioners[view.caption_job.style]?.there)) readCaptioners();
+    if (choice() !== asked || (view.caption_job?.state === "finished" && captioners && !captioners[view.caption_job.style]?.there)) readCaptioners();
   });
   return [h("div", { class: "nl-captioners" }, two.sentences.face, two.tags.face), says, job, nothing, tools];
 }

@@ -209,7 +209,7 @@ def test_two_tabs_at_once(client):
 def test_which_captioner_suits(client, home):
     found = client.get("/api/captioners").json()
     assert found["sentences"] == {
-        "source": "Salesforce/blip-image-captioning-large", "size_mb": 1880, "there": False, "ready": True, "note": ""
+        "source": "Salesforce/blip-image-captioning-large", "size_mb": 1880, "there": False, "ready": True, "note": "", "built_in": False
     }  # fmt: skip
     assert found["tags"]["ready"] is False and found["tags"]["note"] == "comes in a later version" and found["suits"] == "sentences"
     draft.update(home, model="/models/ponyDiffusionV6XL.safetensors")
@@ -221,6 +221,28 @@ def test_which_captioner_suits(client, home):
     for source, said in (("some/one", "not known"), ("a/b/c", "neither"), ("", "Settings")):
         settings.save(home, {"sentences": source})
         assert said in client.get("/api/captioners").json()["sentences"]["note"]
+
+
+def test_the_example_has_a_captioner_of_its_own_and_nothing_else_has(client, home, runner):
+    hub = client.get("/api/captioners").json()["sentences"]
+    settings.save(home, {"sentences": ""})  # it hangs on no setting
+    client.post("/api/draft/example")
+    own = client.get("/api/captioners").json()["sentences"]
+    assert own == {"source": str(draft.EXAMPLE_CAPTIONER), "size_mb": 0, "there": True, "ready": True, "note": "", "built_in": True}
+    assert client.post("/api/images/caption", json={"style": "sentences", "which": "all"}).status_code == 200
+    words = list(runner.jobs.list()[0].words)
+    assert words[words.index("--source") + 1] == str(draft.EXAMPLE_CAPTIONER)
+    client.post("/api/images/caption/cancel")
+    settings.save(home, {"sentences": hub["source"]})
+
+    mine = add(client, {"mine.png": picture(1)})["images"]  # a picture that it doesn't know
+    assert client.get("/api/captioners").json()["sentences"] == hub
+    client.patch(f"/api/images/{next(i['id'] for i in mine if i['name'] == 'mine.png')}", json={"removed": True})
+    assert client.get("/api/captioners").json()["sentences"]["built_in"] is True
+    client.patch("/api/draft", json={"model": "/models/a.safetensors"})
+    assert client.get("/api/captioners").json()["sentences"] == hub
+    client.post("/api/draft/new")
+    assert client.get("/api/captioners").json()["sentences"] == hub
 
 
 def test_a_captioning_is_queued_watched_cancelled_and_undone(client, home, runner):
