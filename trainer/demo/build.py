@@ -6,7 +6,7 @@
     python -m trainer.demo.build measure --out assets/demo                 # measures what stands there
     python -m trainer.demo.build captioner                                 # trains the demo captioner on one CPU core
     python -m trainer.demo.build measure-captioner                         # ... and measures it
-    python -m trainer.demo.build measure-prior --seeds 3                   # what prior preservation keeps (trainer/demo/prior.py)
+    python -m trainer.demo.build measure-prior --seeds 2                   # what prior preservation keeps (trainer/demo/prior.py)
 
 The first two want a GPU (an H200 in the times above); all are plain functions of the seed up to the machine's own rounding.
 """
@@ -490,17 +490,19 @@ def stage_measure(args: argparse.Namespace, device: str) -> None:
 
 
 def stage_captioner(args: argparse.Namespace, device: str) -> None:
-    captioner.train(args.out / "captioner", args.captioner_steps)
+    captioner.train(args.out / "captioner", measure.load_classifier(args.out / "classifier.safetensors"), args.captioner_steps)
 
 
 def stage_measure_captioner(args: argparse.Namespace, device: str) -> None:
-    result = captioner.measure(args.out / "captioner", args.captioned)
+    result = captioner.measure_it(args.out / "captioner", args.captioned)
     (args.out / "captioner.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 
 def stage_measure_prior(args: argparse.Namespace, device: str) -> None:
-    prior.compare_ways(args.work / "prior", args.out, args.seeds)
+    rows = prior.compare_weights(args.work / "prior", args.seeds)
+    (args.out / "prior.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(prior.table(rows))
 
 
 STAGES = {
@@ -527,7 +529,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--captioner-steps", type=int, default=3000)
     parser.add_argument("--captioned", type=int, default=1000, help="pictures that measure-captioner draws")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each way in measure-prior")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings with each weight in measure-prior")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     STAGES[args.stage](args, device)
