@@ -122,7 +122,7 @@ KOHYA_REASONS = {
     **dict.fromkeys(("logging_dir", "output_dir"), "each training has a folder of its own here"),
     **dict.fromkeys(("max_bucket_reso", "min_bucket_reso", "bucket_no_upscale"), "sizes are chosen from the images here; see Widest shape"),
     **dict.fromkeys(("xformers", "mem_eff_attn", "sdpa"), "PyTorch's own attention is used, which is as fast on current GPUs"),
-    **dict.fromkeys(("reg_data_dir", "prior_loss_weight"), "class images are not used here"),
+    **dict.fromkeys(("reg_data_dir", "prior_loss_weight"), "class images: import them as a data set, then add it as another set of images"),
     **dict.fromkeys(("stop_text_encoder_training", "stop_text_encoder_training_pct"), "has no effect there for a LoRA; here it is Text encoder stops after"),
     **dict.fromkeys(("full_fp16", "full_bf16"), "the LoRA itself is always trained in 32 bits here"),
     "clip_skip": "only SD 1.5 has a choice of layers (1 to 4)",
@@ -577,7 +577,7 @@ def _side(value: Any) -> int | None:
 ONE_TRAINER_REASONS = {
     **dict.fromkeys(("concepts", "concept_file_name", "samples", "sample_definition_file_name"), "stands in a file of its own; images are added in the images section"),
     **dict.fromkeys(("ema",), "there is no average of the weights here"),
-    **dict.fromkeys(("masked_training", "normalize_masked_area_loss"), "masks are not used here"),
+    **dict.fromkeys(("masked_training", "normalize_masked_area_loss"), "masks beside the images are used by themselves; paint them, or add them with the images"),
     "layer_filter": "layers are chosen by kind here",
     "gradient_checkpointing": "set there for each part",
     "peft_type": "only plain LoRA is there",

@@ -299,7 +299,7 @@ class Run:
         elif kind == "resumed":
             self._void(step, seq)
         elif kind in events.TERMINAL:
-            self.stage = ""
+            self.stage, self.step = "", event.get("step", self.step)  # `step` events come every so many steps
             if self.began is not None:
                 self.seconds += event["time"] - self.began
                 self.began = None
@@ -378,6 +378,7 @@ class Run:
             "reasons": self.started.get("reasons", []),
             "buckets": self.started.get("buckets", []),
             "images": self.started.get("images", 0),
+            "data": self.atelier.get("data", []),
             "epoch": self.now.get("epoch", 0),
             "visits": self.length(),
             "visits_at_first": self.setting("train.visits"),

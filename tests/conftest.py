@@ -221,3 +221,33 @@ def small_blip(tmp_path_factory, one_thread) -> Path:
     (folder / "vocab.txt").write_text("\n".join(BLIP_WORDS), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_clipseg(tmp_path_factory, one_thread) -> Path:
+    """A CLIPSeg of random weights, 32 wide, in the files of a hub repository."""
+    import torch
+    from transformers import CLIPSegConfig, CLIPSegForImageSegmentation
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("clipseg")
+    words = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"), "<|startoftext|>", "<|endoftext|>"]
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    torch.manual_seed(1)
+    config = CLIPSegConfig(
+        text_config={**small, **ends, "vocab_size": len(words), "max_position_embeddings": 20},
+        vision_config={**small, "image_size": 64, "patch_size": 16},
+        projection_dim=32, reduce_dim=16, extract_layers=[1, 2, 3], decoder_num_attention_heads=2, decoder_intermediate_size=32,
+        use_complex_transposed_convolution=False,
+    )  # fmt: skip
+    made = CLIPSegForImageSegmentation(config)
+    with torch.no_grad():
+        for p in made.parameters():  # as made, every place is as likely
+            if p.dim() > 1:
+                torch.nn.init.normal_(p, std=0.4)
+    made.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps({w: k for k, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder

@@ -1,4 +1,4 @@
-"""python -m trainer train | caption | compare | generate | serve | inspect | convert | cache | bench | fits | probe"""
+"""python -m trainer train | batch | caption | mask | compare | generate | serve | inspect | convert | cache | bench | fits | probe"""
 
 from __future__ import annotations
 
@@ -266,6 +266,9 @@ def _tell(event: dict[str, Any]) -> None:
     kind = event["type"]
     if kind == "started":
         print(f"{event['total']} to do, on {event['device']} in {event['dtype']}.", flush=True)
+    elif kind == "masked":
+        said = f"{event['area']:.0%} of it" if event["area"] else "nothing like it found"
+        print(f"{event['done']} of {event['total']}: {event['file']}: {said}", flush=True)
     elif kind in ("captioned", "picture", "scored") and "done" in event:
         print(f"{event['done']} of {event['total']}: {event['file']}{': ' + event['text'] if 'text' in event else ''}", flush=True)
     elif kind == "picture":
@@ -286,13 +289,38 @@ def _end(outcome: str) -> int:
 def _caption(args: argparse.Namespace) -> int:
     from trainer.captioners import job
 
-    settings = {"source": args.source, "max_tokens": args.max_tokens, "batch": args.batch}
-    settings = {key: value for key, value in settings.items() if value is not None}
+    settings = {key: value for key in ("source", "max_tokens", "batch") if (value := getattr(args, key)) is not None}
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set is {text!r}; it must be NAME=VALUE, like general=0.4.")
+        settings[name] = value
     folder = args.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-caption"
-    more = {"only_missing": args.only_missing, "device": args.device}
-    outcome = job.caption(args.folder, folder, captioner=args.captioner, settings=settings, show=_tell, **more)
+    names = ("captioner", "only_missing", "add", "only", "purpose", "trigger", "class_word", "device")
+    outcome = job.caption(args.folder, folder, settings=settings, show=_tell, **{name: getattr(args, name) for name in names})
     print(f"Captions that were there before: {folder / 'backup'}" if (folder / "backup").exists() else "No caption was written over.")
     return _end(outcome)
+
+
+def _mask(args: argparse.Namespace) -> int:
+    from trainer.maskers import job
+
+    settings = {key: value for key, value in {"source": args.source, "batch": args.batch}.items() if value is not None}
+    folder = args.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-mask"
+    more = {"only_missing": args.only_missing, "device": args.device}
+    outcome = job.mask(args.folder, folder, args.prompt, settings=settings, show=_tell, **more)
+    print(f"Masks that were there before: {folder / 'backup'}" if (folder / "backup").exists() else "No mask was written over.")
+    return _end(outcome)
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from trainer.batch import batch
+
+    for row in batch(args.source, args.step, args.out, args.device, lambda text: print(text, file=sys.stderr)):
+        how = "".join(words for words, is_so in ((", mirrored", row["mirrored"]), (", masked", row["masked"])) if is_so)
+        print(f"{row['file']}{how}: {row['caption'] or '(no caption)'}")
+    print(args.out)
+    return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -369,14 +397,40 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("caption", help="write a caption beside each image of a folder")
     p.add_argument("folder", type=Path)
-    p.add_argument("--captioner", choices=("blip",), default="blip")
+    p.add_argument("--captioner", choices=("auto", "blip", "florence", "qwen", "wd"), default="auto", help="default: by --source, or blip")
     p.add_argument("--source", help="hub id or folder of the captioner's model (default: its own)")
-    p.add_argument("--only-missing", action="store_true", help="leave the images alone that have a caption")
+    p.add_argument(
+        "--purpose", choices=("character", "style", "object"), default="", help="what the LoRA is for, for captioners with a prompt"
+    )
+    p.add_argument("--class-word", default="", metavar="WORD", help="what the subject is called in captions: cat, woman, chair")
+    p.add_argument("--trigger", default="", metavar="WORD", help="goes first in each caption")
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the captioner, as its Config names it")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--only-missing", action="store_true", help="leave the images alone that have a caption")
+    which.add_argument("--add", action="store_true", help="write behind the caption that is there what it lacks")
+    p.add_argument("--only", action="append", default=[], metavar="FILE", help="this image of the folder alone; may be repeated")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption, in tokens")
     p.add_argument("--batch", type=int, metavar="N", help="images at once")
     p.add_argument("--device", default="auto")
     p.add_argument("--run-dir", type=Path, help="folder of the job, for its events and backups (default: runs/DATE-caption)")
     p.set_defaults(call=_caption)
+
+    p = commands.add_parser("mask", help="write a mask beside each image of a folder: where it shows what words say")
+    p.add_argument("folder", type=Path)
+    p.add_argument("--prompt", required=True, metavar="WORDS", help="what is to be learned, like cat or a person")
+    p.add_argument("--source", help="hub id or folder of a CLIPSeg model (default: CIDAS/clipseg-rd64-refined)")
+    p.add_argument("--only-missing", action="store_true", help="leave the images alone that have a mask")
+    p.add_argument("--batch", type=int, metavar="N", help="images at once")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--run-dir", type=Path, help="folder of the job, for its events and backups (default: runs/DATE-mask)")
+    p.set_defaults(call=_mask)
+
+    p = commands.add_parser("batch", help="show what a step is trained on: its images decoded from their latents, masks laid over them")
+    p.add_argument("source", type=Path, help="folder of a run, or a configuration file")
+    p.add_argument("--step", type=int, default=1, metavar="N")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--out", type=Path, default=Path("batch.png"), help="the picture (default: batch.png)")
+    p.set_defaults(call=_batch)
 
     p = commands.add_parser("compare", help="measure and draw what a run's LoRAs do, and recommend one")
     p.add_argument("run_dir", type=Path, help="folder of the run")

@@ -17,6 +17,7 @@ Where an installed version is built in another way, all is imported as usual.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -25,9 +26,9 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -70,13 +71,22 @@ WAITING: dict[str, dict[str, str]] = {
     },
     "peft.tuners": {},
     "requests": {},
+    "scipy.optimize": {"linear_sum_assignment": "_lsap"},
+    "torchvision.transforms": {"InterpolationMode": "functional"},
 }
+OPTIONAL = (
+    "bitsandbytes",
+    "scipy",
+    "torchaudio",
+    "torchvision",
+    "xformers",
+)  # which transformers and diffusers import wherever they are installed
 FIRST = {"peft": "peft.utils"}  # a module that the others of a package expect to be there
 ROOTS = ("transformers", "diffusers", "peft", "accelerate")  # what is imported anew where this does not work
 
 _real_version, _real_packages = importlib.metadata.version, importlib.metadata.packages_distributions
 _lock = threading.RLock()
-_done = False
+_done = _importing = False
 
 
 def light() -> None:
@@ -84,11 +94,11 @@ def light() -> None:
 
     To gain all, call it before anything imports torch.
     """
-    global _done
+    global _done, _importing
     with _lock:
         if _done:
             return
-        _done = True
+        _done = _importing = True
         sys.meta_path.insert(0, _Finder())
         collecting = gc.isenabled()
         gc.disable()
@@ -98,9 +108,14 @@ def light() -> None:
             before = set(sys.modules)
             try:
                 _import_used()
-            except Exception:  # of a version that is built in another way
+            except Exception as error:  # of a version that is built in another way
+                warnings.warn(
+                    f"Starting takes some seconds longer: all of transformers and diffusers is imported ({type(error).__name__}: {error}).",
+                    stacklevel=2,
+                )
                 _undo(before)
         finally:
+            _importing = False
             if collecting:
                 # Nearly all of the half million objects that are there now stay. A full collection looks at each that is not frozen
                 # (.15 s); the capture of each CUDA graph makes one.
@@ -115,14 +130,14 @@ def _import_used() -> None:
     # training is not there in this process. Ours is accelerate's; one of several processes is left out here all the same.
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     with (
-        _instead(importlib.metadata, "version", version),
-        _instead(importlib.metadata, "packages_distributions", _WhenRead),
-        _instead(torch.distributed, "is_available", (lambda: False) if alone else torch.distributed.is_available),
+        instead(importlib.metadata, "version", version),
+        instead(importlib.metadata, "packages_distributions", _WhenRead),
+        instead(torch.distributed, "is_available", (lambda: False) if alone else torch.distributed.is_available),
     ):
         import transformers
         from transformers import utils
 
-        with _instead(utils, "direct_transformers_import", lambda *_, **__: transformers):  # by which it loads itself a second time
+        with instead(utils, "direct_transformers_import", lambda *_, **__: transformers):  # by which it loads itself a second time
             for name in USED:
                 importlib.import_module(name)
 
@@ -137,8 +152,8 @@ def _undo(before: set[str]) -> None:
             del sys.modules[name]
 
 
-@contextmanager
-def _instead(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+@contextlib.contextmanager
+def instead(module: ModuleType, name: str, value: Any) -> Iterator[None]:
     """Have `value` in the place of a module's attribute for a while, if it has one of this name."""
     if (real := getattr(module, name, None)) is not None:
         setattr(module, name, value)
@@ -181,10 +196,20 @@ class _Package(ModuleType):
             raise AttributeError(f"module {own!r} has no attribute {name!r}")
         if own not in _begun:
             if name in (known := WAITING.get(own, {})):
-                return getattr(importlib.import_module(f"{own}.{known[name]}"), name)
-            if own != DYNAMO and PathFinder.find_spec(f"{own}.{name}", self.__path__):
+                with contextlib.suppress(ImportError, AttributeError):  # of a version that has it elsewhere
+                    return getattr(importlib.import_module(f"{own}.{known[name]}"), name)
+            if _apart(own) and PathFinder.find_spec(f"{own}.{name}", self.__path__):
                 return importlib.import_module(f"{own}.{name}")
         return getattr(_run(self), name)
+
+
+def _apart(package: str) -> bool:
+    """Whether modules of a package that waits are imported without its `__init__`."""
+    return package != DYNAMO and (_importing or package.partition(".")[0] in ROOTS)
+
+
+def _waits(package: str) -> bool:
+    return package not in _begun and isinstance(sys.modules.get(package), _Package)
 
 
 _begun: set[str] = set()  # packages whose `__init__` runs or has run
@@ -198,6 +223,8 @@ def _run(package: ModuleType) -> ModuleType:
     """
     name = package.__name__
     with _lock:
+        if _waits(parent := name.rpartition(".")[0]) and not _apart(parent):
+            _run(sys.modules[parent])
         if name not in _begun:
             _begun.add(name)
             try:
@@ -306,14 +333,14 @@ class _Finder(MetaPathFinder):
     """Stands first in sys.meta_path."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name.startswith(f"{DYNAMO}.") and DYNAMO not in _begun and isinstance(package := sys.modules.get(DYNAMO), _Dynamo):
-            _run(package)  # which its modules expect. It imports most of them, so this one may be there now
+        if _waits(parent := name.rpartition(".")[0]) and not _apart(parent):
+            _run(sys.modules[parent])  # which its modules expect. It imports most of them, so this one may be there now
             module = sys.modules.pop(name, None)
             return ModuleSpec(name, _There(module)) if module else None
-        if name not in WAITING or name in _begun:
+        if name in _begun or not (name in WAITING or (_importing and name.partition(".")[0] in OPTIONAL)):
             return None
         spec = PathFinder.find_spec(name, path)
-        if spec is None or type(spec.loader) is not SourceFileLoader:
+        if spec is None or type(spec.loader) is not SourceFileLoader or spec.submodule_search_locations is None:
             return None
         spec.loader = _Wait(spec.loader)
         return spec

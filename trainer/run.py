@@ -263,7 +263,7 @@ def _train(
     emit("memory", mode=config.train.memory, accumulation=config.train.accumulation)
 
     # 2. the base, frozen (these imports take seconds: only now)
-    from trainer import adapters, bases, capture, checkpoints, families, lean, optimizers, preview, validation
+    from trainer import adapters, bases, capture, checkpoints, families, lean, optimizers, preview, tape, validation
     from trainer.data.cache import Cache
     from trainer.data.store import Store
     from trainer.formats import kohya
@@ -331,7 +331,7 @@ def _train(
     reduce = processes.reduce if processes.size > 1 else None
     step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
     reason = capture.why_not(step)
-    runner = step if reason else capture.Captured(step)
+    runner = capture.Captured(step) if not reason else step if tape.why_not(step) else tape.Taped(step)
     previews.adapter, previews.sampler.room = adapter, getattr(runner, "release", None)
     objects = {"adapter": adapter, "optimizer": checkpoints.OptimizerState(optimizer)} | ({"loss_scale": step.scale} if step.scale else {})
     if last:

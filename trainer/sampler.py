@@ -112,7 +112,7 @@ class Sampler:
                 self._fitting(denoise, which)
         finally:
             self.release()
-        return self._decode([latents[k] for k in range(len(prompts))])
+        return self.decode([latents[k] for k in range(len(prompts))])
 
     def release(self) -> None:
         """Give the memory of the graph, and what else is not in use, back to the device."""
@@ -237,7 +237,7 @@ class Sampler:
 
     # the pictures
 
-    def _decode(self, latents: Sequence[torch.Tensor]) -> list[Image.Image]:
+    def decode(self, latents: Sequence[torch.Tensor]) -> list[Image.Image]:
         """Pictures of latents (C, h, w) each, by the VAE, which is borrowed for it."""
         vae = self.models.vae
         whole = torch.stack(list(latents)).to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)

@@ -32,10 +32,10 @@ export class Refused extends Error {
   }
 }
 
-/** Ask a route. `body`: an object (sent as JSON) or FormData. Resolves to the answer's JSON (null for 304). Rejects with Refused. */
+/** Ask a route. `body`: an object (sent as JSON), FormData or a Blob. Resolves to the answer's JSON (null for 304). Rejects with Refused. */
 export async function api(method, path, body, headers = {}) {
   const options = { method, headers: { ...headers } };
-  if (body instanceof FormData) options.body = body;
+  if (body instanceof FormData || body instanceof Blob) options.body = body;
   else if (body !== undefined) {
     options.body = JSON.stringify(body);
     options.headers["content-type"] = "application/json";

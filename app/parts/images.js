@@ -1,15 +1,19 @@
 // Section 1: pictures come in, and stand there as the training will see them.
 import { attempt, button, api, field, fill, h, lightbox, plural, post, Refused, toast } from "/static/core.js";
+import { cropped, draggable, editor, mover } from "/static/crop.js";
 import { keyed, undo } from "/static/draft.js";
-import { chosen, dropped, sorted, upload } from "/static/intake.js";
+import { adviceList } from "/static/advice.js";
+import { chooser, furtherSets } from "/static/datasets.js";
+import { chosen, dropped, looking, sorted, upload } from "/static/intake.js";
+import { masksPanel } from "/static/masks.js";
 
 const FEW = 24;  // cards shown at first: Start must not be pushed out of reach by 300 pictures
-const SHORT = { small: "small", blurred: "blurred", duplicate: "duplicate", odd: "odd", crop: "cut off" };
-const ACCEPT = "image/*,.txt,.caption,.zip";
+const SHORT = { small: "small", blurred: "blurred", duplicate: "duplicate", bars: "bars", long: "long", odd: "odd", crop: "cut off" };
+const ACCEPT = "image/*,.txt,.caption,.jsonl,.csv,.tsv,.json,.zip";
 
 export function imagesSection(page) {
   const { draft } = page;
-  let all = false, noted = false;
+  let all = false, noted = false, only = null;  // only: the ids that an advice is about
   const shown = () => draft.images.images.filter((i) => !i.removed);
 
   // Coming in
@@ -28,28 +32,43 @@ export function imagesSection(page) {
   async function come(list, input = null) {
     if (input) input.value = "";
     if (!list.length) return;
-    if (list.length === 1 && /\.(toml|json)$/i.test(list[0][0])) return page.importFile(list[0][1]);
+    if (list.length === 1 && /\.(toml|json)$/i.test(list[0][0]) && list[0][0] !== "crops.json") return page.importFile(list[0][1]);
     if (going) return void toast("Wait until the upload that runs has ended.");
     const { take, problems: left } = sorted(list);
     tell(left);
     if (!take.length) return;
-    const show = (share) => {
-      bar.style.width = 100 * share + "%";
-      progress.firstChild.setAttribute("aria-valuenow", Math.round(100 * share));
-      progressText.textContent = share < 1 ? `Uploading ${plural(take.length, "file")}: ${Math.round(100 * share)} %` : "Looking at the pictures …";
-    };
-    show(0);
-    progress.hidden = false;
+    let end = () => {};
+    const sent = upload(take, (share) => {
+      if (share < 1) return meter(share, `Uploading ${plural(take.length, "file")}: ${Math.round(100 * share)} %`);
+      end();
+      end = look();
+    });
+    going = sent;
+    meter(0, `Uploading ${plural(take.length, "file")} …`);
     try {
-      going = upload(take, show);
-      took(await draft.changeImages(() => going.done), left);
+      took(await draft.changeImages(() => sent.done), left);
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       tell([...left, error.message]);
     } finally {
-      going = null;
-      progress.hidden = true;
+      end();
+      done();
     }
+  }
+  function meter(share, text) {
+    progress.hidden = false;
+    bar.style.width = 100 * share + "%";
+    progress.firstChild.setAttribute("aria-valuenow", Math.round(100 * share));
+    progressText.textContent = text;
+  }
+  function look() {  // what came is looked at on the server, which takes a while for many large pictures
+    going = { cancel: () => attempt(() => post("/images/looking/cancel")) };
+    meter(0, "Looking at the pictures …");
+    return looking((now) => meter(now.done / now.total, `Looking at the pictures: ${now.done} of ${now.total}`));
+  }
+  function done() {
+    going = null;
+    progress.hidden = true;
   }
   function took(answer, left = []) {
     tell([...left, ...(answer.problems || [])]);
@@ -87,6 +106,8 @@ export function imagesSection(page) {
 
   const path = field("Folder on this computer", h("input", { type: "text", id: "folder-path", spellcheck: false, placeholder: "/home/me/pictures/cat or C:\\pictures\\cat" }), { help: "The pictures are used where they are; nothing is copied or changed. Quotes around the path are fine." });
   const useFolder = async () => {
+    if (going) return void toast("Wait until the upload that runs has ended.");
+    const end = look();
     try {
       const answer = await draft.changeImages(() => post("/images/folder", { path: path.control.value }));
       path.error("");
@@ -96,6 +117,9 @@ export function imagesSection(page) {
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       path.error(error.message);
+    } finally {
+      end();
+      done();
     }
   };
   path.control.addEventListener("keydown", (e) => { if (e.key === "Enter") { e.preventDefault(); useFolder(); } });
@@ -108,7 +132,7 @@ export function imagesSection(page) {
   // What is there
 
   const count = h("p", { class: "la-small nl-count", role: "status", id: "image-count" });
-  const filter = button("", () => { noted = !noted; draw(); }, { kind: "quiet", id: "only-noted" });
+  const filter = button("", () => { noted = !noted && !only; only = null; draw(); }, { kind: "quiet", id: "only-noted" });
   filter.classList.add("la-btn-small");
   const back = button("Undo", () => undo(draft), { kind: "quiet", id: "undo", title: "Ctrl+Z" });
   back.classList.add("la-btn-small");
@@ -120,6 +144,7 @@ export function imagesSection(page) {
     const images = shown(), notes = images.filter((i) => i.badges.length);
     const empty = !images.length;
     if (!notes.length) noted = false;
+    if (only && !images.some((i) => only.includes(i.id))) only = null;
     drop.classList.toggle("nl-drop-small", !empty);
     dropTitle.textContent = empty ? "Drop your pictures here" : "Add more pictures";
     dropHelp.textContent = empty ? "Images, a folder or a zip; captions in .txt files beside them are taken along. Or click to choose." : "Drop them anywhere on this page, or click to choose.";
@@ -128,12 +153,12 @@ export function imagesSection(page) {
     const captioned = images.filter((i) => i.has_caption).length;
     count.textContent = empty ? "No images." : plural(images.length, "image") + (captioned ? `, ${captioned === images.length ? "all" : captioned} with a caption` : ", no captions yet") + (images.some((i) => i.linked) ? ", used in place" : "") + ".";
     count.dataset.images = images.length;
-    filter.hidden = !notes.length;
-    filter.textContent = noted ? "Show all" : `Show the ${notes.length} with notes`;
-    filter.setAttribute("aria-pressed", String(noted));
+    filter.hidden = !notes.length && !only;
+    filter.textContent = noted || only ? "Show all" : `Show the ${notes.length} with notes`;
+    filter.setAttribute("aria-pressed", String(noted || Boolean(only)));
     back.hidden = !draft.images.undo;
     back.textContent = "Undo: " + draft.images.undo.charAt(0).toLowerCase() + draft.images.undo.slice(1);
-    const wanted = noted ? notes : images;
+    const wanted = only ? images.filter((i) => only.includes(i.id)) : noted ? notes : images;
     keyed(grid, all || wanted.length <= FEW * 1.5 ? wanted : wanted.slice(0, FEW), card);
     grid.hidden = empty;
     grid.classList.toggle("nl-noted", noted);
@@ -147,9 +172,12 @@ export function imagesSection(page) {
     const kept = h("span", { class: "nl-kept" });
     const frame = h("span", { class: "nl-frame" }, picture, kept);
     const notes = h("span", { class: "nl-notes" }), facts = h("span", { class: "nl-facts la-num" }), name = h("span", { class: "nl-name" });
-    const open = h("button", { type: "button", class: "nl-open", on: { click: () => enlarge(draft, image.id) } }, frame);
+    const masked = h("span", { class: "nl-masked" }, "Mask");
+    const open = h("button", { type: "button", class: "nl-open", on: { click: () => dragging.dragged() || enlarge(draft, image.id), keydown: (e) => move.key(e) } }, frame);
+    const move = mover(draft, () => image, (crop) => cropped(kept, crop)), dragging = draggable(open, frame, move);
+    const adjust = h("button", { type: "button", class: "nl-adjust", title: "Crop and mask", on: { click: () => editor(draft, image.id) } }, cropIcon());
     const drop = h("button", { type: "button", class: "nl-remove", on: { click: () => remove(image, node) } }, "×");
-    const node = h("li", { class: "nl-card", data: { image: first.id } }, open, drop, h("div", { class: "nl-under" }, name, facts, notes));
+    const node = h("li", { class: "nl-card", data: { image: first.id } }, h("div", { class: "nl-picture" }, open, masked, adjust, drop), h("div", { class: "nl-under" }, name, facts, notes));
     node.update = (now) => {
       image = now;
       if (picture.getAttribute("src") !== now.thumb) picture.src = now.thumb;
@@ -159,11 +187,16 @@ export function imagesSection(page) {
       drop.title = "Remove";
       frame.style.aspectRatio = `${now.width} / ${now.height}`;
       frame.classList.toggle("nl-tall", now.height > now.width);
-      cropped(kept, now.crop);
+      cropped(kept, move.crop());
+      node.classList.toggle("nl-movable", move.free().some(Boolean));
+      masked.hidden = !now.mask;
+      adjust.hidden = !now.width;  // it cannot be read
+      open.setAttribute("aria-description", move.free().some(Boolean) ? "The arrow keys move its crop." : "");
+      adjust.setAttribute("aria-label", "Crop and mask of " + now.name);
       name.textContent = name.title = now.name;
       facts.textContent = `${now.width} × ${now.height}`;
       fill(notes, now.badges.map((b) => h("span", { class: "la-badge la-badge-warn", title: b.text, data: { badge: b.kind } }, SHORT[b.kind] || b.kind, h("span", { class: "nl-note-text" }, ": " + b.text))));
-      node.title = now.bucket ? `Trained as ${now.bucket[0]} × ${now.bucket[1]}; what is dimmed is cut off.` : "";
+      node.title = now.bucket ? `Trained as ${now.bucket[0]} × ${now.bucket[1]}; what is dimmed is cut off.${move.free().some(Boolean) ? " Drag the bright part to move it." : ""}` : "";
     };
     return node;
   }
@@ -177,21 +210,24 @@ export function imagesSection(page) {
     toast(image.name + " removed.", "", ["Undo", () => undo(draft)]);
   }
 
+  page.showImages = (ids) => {
+    [only, noted] = [ids, false];
+    draw();
+    line.scrollIntoView({ block: "center" });
+    filter.focus({ preventScroll: true });
+  };
   page.places.images = () => { drop.scrollIntoView({ block: "center" }); dropButton.focus(); };
   draft.on("images", draw);
-  return [drop, files, folder, h("div", { class: "la-row nl-ways" }, button("Choose files", () => files.click()), button("Choose a folder", () => folder.click()), local), progress, problems, example, line, grid, more];
-}
-
-/** Lay the bright part over a picture: `crop` [left, top, width, height] in shares of the image. */
-export function cropped(kept, crop) {
-  const cut = crop && (crop[2] < 0.995 || crop[3] < 0.995);
-  kept.hidden = !cut;
-  if (cut) ["left", "top", "width", "height"].forEach((side, n) => { kept.style[side] = 100 * crop[n] + "%"; });
+  return [chooser(page), drop, files, folder, h("div", { class: "la-row nl-ways" }, button("Choose files", () => files.click()), button("Choose a folder", () => folder.click()), local), progress, problems, example, adviceList(page), line, grid, more, masksPanel(page), furtherSets(page)];
 }
 
 export function enlarge(draft, id) {
   const images = draft.images.images.filter((i) => !i.removed);
   lightbox(images.map((i) => ({ src: i.full, text: [i.name, `${i.width} × ${i.height}`, i.bucket && `trained as ${i.bucket[0]} × ${i.bucket[1]}`, ...i.badges.map((b) => b.text)].filter(Boolean).join(" · ") })), Math.max(0, images.findIndex((i) => i.id === id)));
+}
+
+function cropIcon() {
+  return h("svg", { viewBox: "0 0 20 20", width: 16, height: 16, "aria-hidden": "true" }, h("path", { d: "M6 2v12h12M2 6h12v12" }));
 }
 
 function icon() {

@@ -137,6 +137,15 @@ def test_a_changed_length_and_prompts_show(folder):
     assert (told["total"], told["percent"], told["visits"], told["prompts"]) == (200, 25, 200, ["a blue zorp"])
 
 
+def test_a_run_that_ended_between_two_step_events_is_at_its_last_step(folder):
+    write, run = Writer(folder / "events.jsonl"), Run("zorp", folder)
+    begin(write)
+    step(write, 10)
+    write("stopped", step=13, seconds=1.0)
+    told = view(run, look=Look("stopped", ""))["run"]
+    assert (told["step"], told["percent"]) == (13, 13)
+
+
 def test_a_run_started_anew_in_its_folder_is_read_anew(folder):
     path = folder / "events.jsonl"
     write, run = Writer(path), Run("zorp", folder)

@@ -1,4 +1,4 @@
-"""What prior preservation keeps, on the demo base: the table of assets/help/data.md, made again from one seed."""
+"""What prior preservation keeps, on the demo base: the table of assets/help/example.md, made again from one seed."""
 
 import json
 
@@ -17,9 +17,9 @@ def test_the_two_ways_differ_in_the_weight_alone():
 
 def test_the_help_says_what_was_measured():
     rows = json.loads((DEMO / "prior.json").read_text(encoding="utf-8"))
-    assert prior.table(rows) in (DEMO.parent / "help" / "data.md").read_text(encoding="utf-8")
+    assert prior.table(rows) in (DEMO.parent / "help" / "example.md").read_text(encoding="utf-8")
     captioner = json.loads((DEMO / "captioner.json").read_text(encoding="utf-8"))
-    page = (DEMO.parent / "help" / "data.md").read_text(encoding="utf-8")
+    page = (DEMO.parent / "help" / "example.md").read_text(encoding="utf-8")
     for key in ("subject", "colour", "ground", "all"):
         assert f"{captioner[key]:.1%}" in page, key
 

@@ -67,11 +67,31 @@ def test_a_training_imports_nothing_heavy_and_leaves_the_collector_on(training):
     ],
 )
 def test_where_it_does_not_work_all_is_imported_as_usual(broken, training):
-    before = f"from trainer import imports\n{broken}"
+    tell = "import warnings\nwarnings.showwarning = lambda message, *_: print(str(message).split()[0])"
+    before = f"{tell}\nfrom trainer import imports\n{broken}"
     out = run(
         training(before) + "import peft, transformers\nprint('peft.auto' in sys.modules, type(transformers).__name__, type(peft).__name__)"
     )
-    assert out.split() == ["True", "_LazyModule", "module"]
+    assert out.split() == ["Starting", "True", "_LazyModule", "module"]
+
+
+def test_what_the_packages_import_where_it_is_installed_waits_until_it_is_used(tmp_path):
+    """bitsandbytes, torchvision and the like take seconds and are not used here. `asks` stands for a package that imports one."""
+    (tmp_path / "torchaudio").mkdir()
+    (tmp_path / "torchaudio" / "__init__.py").write_text("print('begun')\nvalue = 3\n")
+    (tmp_path / "torchaudio" / "part.py").write_text("from torchaudio import value\n")
+    (tmp_path / "asks.py").write_text("import torchaudio\n")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from trainer import imports
+imports.USED = ("asks",)
+imports.light()
+print("asks" in sys.modules, "torchaudio" in sys.modules)
+import torchaudio.part
+print(torchaudio.part.value, torchaudio.value)
+"""
+    assert run(code).split() == ["True", "True", "begun", "3", "3"]
 
 
 def test_it_trains_the_same(training, train, same):
@@ -164,9 +184,10 @@ def test_the_packages_give_all_that_they_give_otherwise():
         + """
 import importlib, importlib.metadata, torch.distributed
 import diffusers, peft, requests, transformers
-known = {package: {n: getattr(sys.modules[package], n) for n in names} for package, names in imports.WAITING.items()}
-waited = {package: sys.modules[package] for package in imports.WAITING if package in sys.modules}
-assert len(waited) == len(imports.WAITING), waited
+waiting = {package: names for package, names in imports.WAITING.items() if package.partition(".")[0] not in imports.OPTIONAL}
+known = {package: {n: getattr(sys.modules[package], n) for n in names} for package, names in waiting.items()}
+waited = {package: sys.modules[package] for package in waiting if package in sys.modules}
+assert len(waited) == len(waiting), waited
 for name in ("transformers", "peft", "requests", "diffusers", "torch"):
     assert sys.modules[name].__version__.split("+")[0] == importlib.metadata.version(name).split("+")[0] == imports.version(name).split("+")[0]
 assert torch.distributed.is_available()
@@ -196,7 +217,7 @@ except AttributeError as error:
     assert "ThereIsNoSuchModel" in str(error)
 else:
     raise AssertionError
-for package in imports.WAITING:
+for package in waiting:
     if package != imports.DYNAMO:
         dir(sys.modules[package]), sys.modules[package].__all__ if package == "peft" else None
 assert "torch._dynamo.eval_frame" not in sys.modules

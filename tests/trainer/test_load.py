@@ -79,6 +79,14 @@ def test_folder_and_single_file_are_the_same(made, variant):
         assert ids[0] == ids[1] and len(ids[0][0]) == 20
 
 
+@pytest.mark.parametrize("variant", ["sd1", "sdxl", "sd35_medium"])
+def test_the_vae_alone_is_the_same(made, variant):
+    for source in made(variant):
+        alone, whole = single_file.load_vae(source), load_any(source, torch.float32)["vae"]
+        assert alone.config == whole.config and not any(p.requires_grad for p in alone.parameters())
+        assert all(torch.equal(t, whole.state_dict()[k]) for k, t in alone.state_dict().items()) and len(alone.state_dict()) > 20
+
+
 def outputs(models, seed=0):
     """What the models make of one noisy latent and two prompts."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainer import lean, randomness
+from trainer import imports, lean, randomness
 from trainer.adapters import Delta, Ranks, plain
 from trainer.config import BlockConfig, LoraConfig
 
@@ -215,7 +215,8 @@ def build(
             rank_pattern={_either(p for p in own if own[p] == rank): rank for rank in sorted(set(own.values()))},
             init_lora_weights=False,
         )
-        inject_adapter_in_model(peft, parts[part], adapter_name=NAME)
+        with _no_quantized_layers():
+            inject_adapter_in_model(peft, parts[part], adapter_name=NAME)
         layers[part] = {n: m for n, m in parts[part].named_modules() if isinstance(m, LoraLayer)}
         assert list(layers[part]) == list(own), f"PEFT attached {len(layers[part])} layers to {part}, {len(own)} were named"
         for path, m in layers[part].items():
@@ -237,6 +238,15 @@ def build(
             )
     notes = [f"{smaller} layers are smaller than the rank that is set and get their own size as rank."] if smaller else []
     return Lora(layers, rates, notes, lean.install(parts, layers, NAME))
+
+
+@contextmanager
+def _no_quantized_layers() -> Iterator[None]:
+    """Keep PEFT from looking for layers of bitsandbytes: where that is installed, it would be imported for it, with torch's compiler (2 s)."""
+    from peft.tuners.lora import model
+
+    with imports.instead(model, "is_bnb_available", lambda: False), imports.instead(model, "is_bnb_4bit_available", lambda: False):
+        yield
 
 
 def _either(paths: Iterable[str]) -> str:

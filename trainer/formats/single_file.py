@@ -117,6 +117,13 @@ def load_any(
     return found
 
 
+def load_vae(source: Path, device: torch.device = CPU) -> torch.nn.Module:
+    """The VAE alone of the base at `source`, frozen, as `load_any` has it. Raises FormatError."""
+    source = Path(source)
+    place = _places(source, _known(source), None)["vae"]
+    return place.load(torch.float32, False, device, torch.preserve_format).requires_grad_(False).eval().to(device)
+
+
 def uses_t5(source: Path, text_encoders: Path | None, t5: str) -> bool:
     """Whether SD3's T5 will be loaded."""
     source = Path(source)

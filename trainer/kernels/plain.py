@@ -30,9 +30,10 @@ def group_norm_backward(g: Tensor, weight: Tensor, bias: Tensor, x: Tensor, mean
     return gx.to(x.dtype)
 
 
-def geglu(p: Tensor) -> Tensor:
+def geglu(p: Tensor) -> tuple[Tensor, Tensor]:
+    """y, p."""
     value, gate = p.chunk(2, dim=-1)
-    return F.gelu(gate).mul_(value)
+    return F.gelu(gate).mul_(value), p
 
 
 def geglu_backward(g: Tensor, p: Tensor) -> Tensor:

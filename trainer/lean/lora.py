@@ -73,7 +73,8 @@ class Group:
         scales = [m.scaling[self.name] for m in self.layers]
         if self.fresh or (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params))):
             whole = self.triton and self.triton.whole(x[..., 0].numel(), sum(self.outs), x.shape[-1])
-            return (_WholeLora if whole else _EvenLora if self.even else _GroupLora).apply(x, self, scales, *self.params)
+            even = self.even and x.device.type != "cpu"  # where one large product is faster, and attention may read slices of it
+            return (_WholeLora if whole else _EvenLora if even else _GroupLora).apply(x, self, scales, *self.params)
         dtype = x.dtype
         down = torch.cat([p.detach().to(dtype) for p in self.params[::2]])
         flat = x.reshape(-1, x.shape[-1])
@@ -204,6 +205,7 @@ class Conv:
         self.layer, self.name = layer, name
         base = layer.base_layer
         self.weight, self.bias, self.stride, self.padding = kept(base), base.bias, base.stride, base.padding
+        self.frozen = getattr(base, "lean", None)  # trainer.lean.cpu's form of the base
         self.params = [layer.lora_A[name].weight, layer.lora_B[name].weight]
         self.ranks = [layer.r[name]]
         self.layers = [layer]
@@ -221,7 +223,7 @@ class Conv:
         return self._product(x, *(p.detach().to(x.dtype) for p in self.params), scale)[0]
 
     def _product(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        y = F.conv2d(x, wide(self.weight), self.bias, self.stride, self.padding)
+        y = self.frozen(x) if self.frozen else F.conv2d(x, wide(self.weight), self.bias, self.stride, self.padding)
         h = F.conv2d(x, down, None, self.stride, self.padding)
         return y.add_(F.conv2d(h, up), alpha=scale), h
 
@@ -248,7 +250,9 @@ class _ConvLora(torch.autograd.Function):
         if trained:
             conv.grads[0][0].add_(g_down)
             conv.grads[0][1].add_(g_up, alpha=ctx.scale)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and conv.frozen:
+            gx = gx.add_(conv.frozen.backward(g, x.shape))
+        elif ctx.needs_input_grad[0]:
             gx = gx.add_(conv_input_gradient(g, x.shape, wide(conv.weight), conv.stride, conv.padding))
         return gx, None, None, None, None
 

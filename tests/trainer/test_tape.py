@@ -1,0 +1,112 @@
+"""Steps that are played against the same steps computed by modules and autograd."""
+
+import pytest
+import torch
+from test_step import build  # noqa: F401 (a fixture)
+
+from trainer.plan import factor
+from trainer.tape import Recorder, Taped, why_not
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(made, runner, steps: int = 4, micro: int = 1) -> list[torch.Tensor]:
+    """The adapter and the sum of losses after some steps, each batch in `micro` parts."""
+    total = len(made.plan.steps)
+    for n in range(min(steps, total)):
+        rows = len(made.plan.steps[n])
+        slots = [(index, torch.ones(len(index))) for index in torch.arange(rows).tensor_split(min(micro, rows))]
+        runner.run(n, made.store.batch(n), slots, made.store.total_weight[n], factor(made.config, n, total))
+    return [*(p.detach().clone() for part in made.step.stops for p in made.adapter.parameters(part)), made.step.total.clone()]
+
+
+def masked(draw_pictures, folder) -> dict:
+    import PIL.Image
+
+    draw_pictures(folder, [(64, 64)] * 4)
+    left = PIL.Image.new("L", (64, 64))
+    left.paste(255, (0, 0, 32, 64))
+    left.save(folder / "01-masklabel.png")
+    return {"data": [{"folder": str(folder), "trigger": "zorp", "class_word": "owl"}], "loss.prior_weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stops"),
+    [
+        ({"train.batch_size": 2}, {}),
+        ({"train.batch_size": 2, "adapter.targets": ["attention"], "part.text_1.train": False}, {}),
+        ({"train.batch_size": 2, "loss.min_snr_gamma": None, "loss.noise_offset": 0.1, "dataset.flip": True}, {"text_1": 2}),
+        ("masked", {}),
+    ],
+    ids=["all layers", "attention alone", "a part that stops", "masks and the class"],
+)
+def test_what_is_played_equals_what_is_computed_to_the_last_bit(changes, stops, build, draw_pictures, tmp_path):  # noqa: F811
+    changes = masked(draw_pictures, tmp_path / "a") if changes == "masked" else changes
+    computed, played = build(changes, stops), build(changes, stops)
+    assert why_not(played.step) is None
+    want = run(computed, computed.step, micro=2)
+    runner = Taped(played.step)
+    got = run(played, runner, micro=2)
+    assert runner.plays >= 4
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_the_rows_of_a_batch_are_shared_among_threads_and_add_up(build):  # noqa: F811
+    def play(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        made = build({"train.batch_size": 4, "dataset.bucket_step": 64})
+        runner = Taped(made.step)
+        assert torch.get_num_threads() == threads
+        run(made, runner, steps=1)
+        assert torch.get_num_threads() == threads and runner.plays == threads
+        return [made.step.weights.grad.clone(), made.step.total.clone()]
+
+    try:
+        one, two, again = play(1), play(2), play(2)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(two, again, strict=True))
+    assert all((a - b).norm() < 1e-5 * b.norm() for a, b in zip(two, one, strict=True))
+
+
+def test_weights_that_are_loaded_afterwards_are_the_ones_that_play(build):  # noqa: F811
+    made = build()
+    runner = Taped(made.step)
+    begun = {k: t.clone() for k, t in made.adapter.state().items()}
+    first = run(made, runner, steps=1)
+    run(made, runner, steps=3)
+    made.adapter.load(begun)
+    made.optimizer.state.clear()
+    made.step.total.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(run(made, runner, steps=1), first, strict=True))
+
+
+def test_dropout_and_other_dtypes_are_not_for_tapes(build):  # noqa: F811
+    assert "dropout" in why_not(build({"adapter.dropout": 0.2}).step)
+    made = build()
+    made.models.parts["unet"].bfloat16()
+    assert "float32" in why_not(made.step)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x * x.sum().item(), lambda x: x.nonzero() + 1, lambda x: x[x > 0].sum(), lambda x: x.view(torch.int32) + 1],
+    ids=["read by Python", "as many as there are", "by a mask", "read as another dtype"],
+)
+def test_what_depends_on_the_data_has_no_tape(function):
+    x = torch.randn(4, 4)
+    with Recorder([x]) as recorder:
+        function(x)
+    assert recorder.tape() is None and recorder.why
+
+
+def test_where_there_is_no_tape_the_step_is_computed(build, monkeypatch):  # noqa: F811
+    computed, other = build(), build()
+    want = run(computed, computed.step, steps=2)
+    spread = other.step.family.weight
+    monkeypatch.setattr(
+        type(other.step.family), "weight", lambda self, models, t, gamma: spread(models, t, gamma) * (1 + 0 * t.sum().item())
+    )
+    runner = Taped(other.step)
+    got = run(other, runner, steps=2)
+    assert runner.plays == 0 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
