@@ -227,23 +227,25 @@ def _captioning(context: Context, data: Dataset) -> Path | None:
 def captioners(request: Request) -> dict[str, Any]:
     home = of(request).home
     kept, now = settings.load(home), draft.load(home)
-    return {style: _about(kept, now, style) for style in STYLES} | {
+    return {style: _about(home, kept, now, style) for style in STYLES} | {
         "suits": suits(home, kept),
         "known": {style: [_offer(k) for k in KNOWN if CAPTIONERS[k.kind].style == style] for style in STYLES},
     }
 
 
-def source_of(kept: settings.Settings, style: str) -> str:
-    """Hub id or folder of the captioner behind a button."""
+def source_of(home: Home, kept: settings.Settings, now: dict[str, Any], style: str) -> str:
+    """Hub id or folder of the captioner behind a button. The built-in example has one of its own, which knows drawn pictures alone."""
+    if style == "sentences" and draft.is_example(home, now):
+        return str(draft.EXAMPLE_CAPTIONER)
     chosen = {"sentences": kept.sentences, "tags": kept.tags}[style].strip()
     return chosen or next(k.source for k in KNOWN if CAPTIONERS[k.kind].style == style)
 
 
-def _about(kept: settings.Settings, now: dict[str, Any], style: str) -> dict[str, Any]:
-    source = source_of(kept, style)
+def _about(home: Home, kept: settings.Settings, now: dict[str, Any], style: str) -> dict[str, Any]:
+    source = source_of(home, kept, now, style)
     there, size, note = _there(source)
     known = next((k for k in KNOWN if k.source == source), None)
-    about = {"source": source, "size_mb": size, "there": there, "note": note}
+    about = {"source": source, "size_mb": size, "there": there, "note": note, "built_in": source == str(draft.EXAMPLE_CAPTIONER)}
     named = Path(source).name if Path(source).expanduser().is_dir() else source
     about |= {"title": known.title if known else named, "licence": known.licence if known else "", "prompt": None, "own_prompt": ""}
     if _kind(source) == "qwen":
@@ -347,7 +349,7 @@ def caption(request: Request, body: CaptionBody) -> dict[str, Any]:
 
 def _words(home: Home, kept: settings.Settings, now: dict[str, Any], style: str) -> list[str]:
     """What the trainer is told of a captioner, from the settings and the draft."""
-    source = source_of(kept, style)
+    source = source_of(home, kept, now, style)
     words = ["--captioner", "wd" if style == "tags" else "auto", "--source", source]
     words += [f"--{name.replace('_', '-')}={now[name]}" for name in ("purpose", "class_word", "trigger") if now[name]]
     if style == "tags":

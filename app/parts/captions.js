@@ -6,6 +6,7 @@ import { enlarge } from "/static/images.js";
 
 const FEW = 12;
 const MOST_TOKENS = 75;  // what one chunk of CLIP reads; the rest is read in a second one, with less effect
+const BUILT_IN = "Written in seconds by a small captioner that comes with this example: it knows nothing but drawn pictures, and nothing is downloaded.";
 const BUSY = ["waiting", "starting", "running"];
 const COMMON = 0.8;  // a tag in this share of the captions goes with the subject more than with the picture
 const RECIPES = {  // what to write, and why, in a sentence
@@ -37,7 +38,7 @@ export function captionsSection(page) {
     const face = h("button", { type: "button", class: "nl-captioner", id: "caption-" + style, on: { click: () => begin(style) } }, h("span", { class: "nl-captioner-title" }, h("b", {}, title), badge), note);
     two[style] = { face, badge, note, what };
   }
-  const choice = () => [draft.view.model?.source, draft.view.draft.purpose, draft.view.draft.class_word].join("\n");  // what the captioners hang on
+  const choice = () => [draft.view.model?.source, draft.view.draft.purpose, draft.view.draft.class_word, ...(draft.view.draft.example ? present().map((i) => i.id) : [])].join("\n");  // what the captioners hang on
   async function readCaptioners() {
     asked = choice();
     captioners = (await attempt(() => get("/captioners"))) ?? captioners;
@@ -45,7 +46,7 @@ export function captionsSection(page) {
     for (const style of ["sentences", "tags"]) {
       const { badge, note, what } = two[style], c = captioners[style];
       badge.hidden = captioners.suits !== style || !draft.view.model;
-      note.textContent = what + `. By ${c.title}` + (c.there ? "." : c.size_mb ? `; first use downloads ${size(c.size_mb)}.` : `. ${c.note}`);
+      note.textContent = c.built_in ? BUILT_IN : what + `. By ${c.title}` + (c.there ? "." : c.size_mb ? `; first use downloads ${size(c.size_mb)}.` : `. ${c.note}`);
     }
     drawPrompt();
   }
@@ -305,7 +306,7 @@ export function captionsSection(page) {
     empty.scrollIntoView({ block: "center" });
     empty.focus();
   };
-  draft.on("images", draw);
+  draft.on("images", () => { draw(); if (draft.view.draft.example && choice() !== asked) readCaptioners(); });
   draft.on("captions", (id) => { list.querySelector(`[data-caption="${CSS.escape(id)}"]`)?.saved(); draw(); });
   draft.on("view", (view) => {
     drawJob(view.caption_job);

@@ -208,7 +208,7 @@ def test_two_tabs_at_once(client):
 
 def test_which_captioner_suits(client, home):
     found = client.get("/api/captioners").json()
-    about = {"there": False, "note": "", "prompt": None, "own_prompt": ""}
+    about = {"there": False, "note": "", "built_in": False, "prompt": None, "own_prompt": ""}
     blip = {"source": "Salesforce/blip-image-captioning-large", "size_mb": 1880, "title": "BLIP large", "licence": "BSD-3-Clause"}
     assert found["sentences"] == blip | about and found["suits"] == "sentences"
     wd = {"source": "SmilingWolf/wd-vit-tagger-v3", "size_mb": 379, "title": "WD tagger, ViT", "licence": "Apache-2.0"}
@@ -222,6 +222,28 @@ def test_which_captioner_suits(client, home):
     for source, said in (("some/one", "not known"), ("a/b/c", "neither")):
         settings.save(home, {"sentences": source})
         assert said in client.get("/api/captioners").json()["sentences"]["note"]
+
+
+def test_the_example_has_a_captioner_of_its_own_and_nothing_else_has(client, home, runner):
+    hub = client.get("/api/captioners").json()["sentences"]
+    settings.save(home, {"sentences": "some/other"})  # it hangs on no setting
+    client.post("/api/draft/example")
+    own = client.get("/api/captioners").json()["sentences"]
+    assert own["source"] == str(draft.EXAMPLE_CAPTIONER) and own["there"] is True and own["built_in"] is True
+    assert client.post("/api/images/caption", json={"style": "sentences", "which": "all"}).status_code == 200
+    words = list(runner.jobs.list()[0].words)
+    assert words[words.index("--source") + 1] == str(draft.EXAMPLE_CAPTIONER)
+    client.post("/api/images/caption/cancel")
+    settings.save(home, {"sentences": hub["source"]})
+
+    mine = add(client, {"mine.png": picture(1)})["images"]  # a picture that it doesn't know
+    assert client.get("/api/captioners").json()["sentences"] == hub
+    client.patch(f"/api/images/{next(i['id'] for i in mine if i['name'] == 'mine.png')}", json={"removed": True})
+    assert client.get("/api/captioners").json()["sentences"]["built_in"] is True
+    client.patch("/api/draft", json={"model": "/models/a.safetensors"})
+    assert client.get("/api/captioners").json()["sentences"] == hub
+    client.post("/api/draft/new")
+    assert client.get("/api/captioners").json()["sentences"] == hub
 
 
 def test_what_is_offered_says_why_how_large_and_under_which_licence(client, home, monkeypatch):
