@@ -38,6 +38,7 @@ from app.errors import Problem
 from app.paths import ROOT, Home
 from trainer import events
 from trainer.data.buckets import Placement, place
+from trainer.data.captions import parts_of, trigger_first, without
 from trainer.data.images import DAMAGED
 from trainer.data.scan import CENTRE, CROPS, OTHER_SUFFIXES, SUFFIXES, decode, inspect, list_files, read_crops, sidecars_of
 from trainer.run_dir import replace, write_atomic
@@ -219,7 +220,7 @@ class Dataset:
             image |= {"thumb": f"/api/images/{id}/thumb", "full": f"/api/images/{id}/full"}
             image |= {"focus": list(crops.get(name, CENTRE)), "mask": None, "transparent": False}
             if mask := mask_of.get(name):
-                image["mask"] = f"/api/images/{id}/mask?v={mask.stat().st_mtime_ns}"
+                image["mask"] = f"/api/images/{id}/mask?v={masks.stamp(mask)}"
             if isinstance(found, str):
                 image["badges"] = [{"kind": "odd", "text": f"{name} {found}"}]
             else:
@@ -268,7 +269,7 @@ class Dataset:
         counts: Counter[str] = Counter()
         spelled: dict[str, str] = {}
         for _, text in self._texts(self.images).values():
-            own = {part.casefold(): part for part in caption_texts.parts_of(text) if len(part.split()) <= 4}
+            own = {part.casefold(): part for part in parts_of(text) if len(part.split()) <= 4}
             counts.update(own.keys())
             for key, part in own.items():
                 spelled.setdefault(key, part)
@@ -327,11 +328,11 @@ class Dataset:
             what = "There is no trigger word yet; type one first." if field == "trigger" else f"{field} is empty; say which text."
             raise Problem(what, errors={field: what})
         edit: dict[str, Callable[[str], str]] = {
-            "trigger_first": lambda old: caption_texts.trigger_first(old, " ".join(trigger.split())),
+            "trigger_first": lambda old: trigger_first(old, " ".join(trigger.split())),
             "replace": lambda old: caption_texts.replaced(old, find, text),
             "prepend": lambda old: caption_texts.joined(text, old, behind=False),
             "append": lambda old: caption_texts.joined(old, text, behind=True),
-            "remove_tag": lambda old: caption_texts.without(old, find),
+            "remove_tag": lambda old: without(old, find),
             "clear": lambda old: "",
         }
         with self.lock:
@@ -438,10 +439,12 @@ class Dataset:
     def _masks(self, folder: Path) -> dict[str, Path]:
         return masks.there(folder, self._names(folder))
 
-    def mask(self, id: str) -> Path | None:
-        """The file of an image's mask."""
-        path = self.find(id)
-        return self._masks(path.parent).get(path.name)
+    def mask(self, id: str) -> bytes | None:
+        """What an image's mask holds."""
+        with self.lock:
+            path = self.find(id)
+            mask = self._masks(path.parent).get(path.name)
+            return mask.read_bytes() if mask else None
 
     def set_mask(self, id: str, raw: bytes | None) -> None:
         """Give an image a mask (a picture of its shape, white counts), or none. Raises Problem for what is no such picture."""

@@ -23,13 +23,14 @@ from app.errors import Problem
 from app.paths import ROOT, Home
 from trainer.config import DataConfig, TrainConfig
 from trainer.config.load import ConfigError, merge, overlays, presets, read_preset, validate
-from trainer.data.scan import DataError, listing
+from trainer.data.scan import DataError, inspect, listing
 from trainer.run_dir import RunDir, write_atomic
 
 PURPOSES = ("character", "style", "object")
 FIELDS = ("purpose", "name", "class_word", "trigger", "model", "variant", "preset")  # what PATCH may set, beside `changes` and `sets`
 KINDS = ("train", "prior", "validation")  # of a further set of images
 EXAMPLE = ROOT / "assets" / "demo" / "data" / "zorp" / "train"
+EXAMPLE_CAPTIONER = ROOT / "assets" / "demo" / "captioner"
 WORDS = ROOT / "assets" / "models" / "sd1" / "tokenizer" / "vocab.json"
 OURS = ("model.source", "data", "output.name", "adapter.kind")  # made from the draft itself, never by `changes`
 _lock = threading.RLock()
@@ -97,6 +98,14 @@ def _previous(home: Home) -> Path:
 def folder(home: Home, draft: Mapping[str, Any]) -> Path:
     """The folder of the images that the draft trains on."""
     return home.datasets / draft["dataset"] / "images"
+
+
+def is_example(home: Home, draft: Mapping[str, Any]) -> bool:
+    """Whether it is the built-in example still: the toy model, and no picture but its own, which its captioner knows."""
+    if not draft["example"]:
+        return False
+    own = {inspect(path) for path in EXAMPLE.glob("*.png")}
+    return all(inspect(path) in own for path, _, _ in listing(folder(home, draft)))
 
 
 def update(home: Home, **changes: Any) -> dict[str, Any]:

@@ -37,6 +37,14 @@ def there(folder: Path, images: list[str]) -> dict[str, Path]:
     return {image: found[name_of(image).lower()] for image in images if name_of(image).lower() in found}
 
 
+def stamp(mask: Path) -> int:
+    """Another number for each content of a mask's file; 0 where another thread has just moved it."""
+    try:
+        return mask.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 def fits(mask: tuple[int, int], image: tuple[int, int]) -> bool:
     """Whether the trainer takes a mask of that size (width, height) for an image of that size."""
     return abs(mask[0] * image[1] / (mask[1] * image[0]) - 1) <= MASK_ASPECT

@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
@@ -84,11 +83,11 @@ def focus_all(request: Request, body: FocusAllBody) -> dict[str, Any]:
 
 
 @router.get("/images/{id}/mask")
-def mask(request: Request, id: str) -> FileResponse:
-    path = current(of(request).home).mask(id)
-    if path is None:
+def mask(request: Request, id: str) -> Response:
+    raw = current(of(request).home).mask(id)
+    if raw is None:
         raise Problem("This image has no mask.", 404)
-    return FileResponse(path, media_type="image/png", headers={"cache-control": "no-cache"})
+    return Response(raw, media_type="image/png", headers={"cache-control": "no-cache"})
 
 
 @router.put("/images/{id}/mask")

@@ -29,8 +29,9 @@ export async function mount(root) {
     section(1, "images", "Images", "", imagesSection(page)),
     section(2, "what", "What is it?", "", purposeSection(page)),
     section(3, "model", "Which model?", "The model you make pictures with. It is used where it is and never changed.", modelsSection(page)),
-    section(4, "captions", "Captions", "One caption for each picture: what the LoRA should not take for granted, such as background, clothes and pose, is named in words.", captionsSection(page), seenPanel(page)),
+    section(4, "captions", "Captions", "", captionsSection(page)),
     section(5, "start", "Start", "", startSection(page), advancedDrawer(page))));
+  document.getElementById("nl-captions").append(seenPanel(page));
 
   document.addEventListener("keydown", (event) => {
     const writing = event.target.closest?.("input:not([type=radio]):not([type=checkbox]):not([type=file]), textarea, select, [contenteditable]");

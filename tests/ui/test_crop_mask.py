@@ -77,8 +77,10 @@ def test_a_crop_is_moved_and_a_mask_painted(page, app):
     with page.expect_response(lambda r: r.url.endswith("/focus")):
         page.locator("#crop-centre").click()
     expect(slider).to_have_attribute("aria-valuenow", "50")
+    drag(page, page.locator(".cr-stage").bounding_box(), (0.95, 0.5), (0.85, 0.5))  # from beside the bright part
+    expect(slider).to_have_attribute("aria-valuenow", str(round(100 * (0.9 - middle[2]) / (1 - middle[2]))))
     with page.expect_response(lambda r: r.url.endswith("/focus")):
-        drag(page, page.locator(".cr-stage").bounding_box(), (0.5, 0.5), (0.2, 0.5))
+        drag(page, page.locator(".cr-stage").bounding_box(), (0.7, 0.5), (0.2, 0.5))
     expect(slider).to_have_attribute("aria-valuenow", "0")
 
     # the mask: a stroke by mouse, a dab by keyboard, one taken back
