@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 from app.errors import Problem
 from app.paths import ROOT
-from trainer.data.captions import contains
+from trainer.data.captions import parts_of
 
 LIMIT = 20_000  # letters; no text encoder reads a tenth of it
 TOKENIZER = ROOT / "assets" / "models" / "sd1" / "tokenizer"
@@ -46,24 +45,6 @@ def clean(text: str) -> str:
 
 def cut(text: str) -> str:
     return clean(text[:LIMIT])
-
-
-def parts_of(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def without(text: str, tag: str) -> str:
-    kept = [part for part in parts_of(text) if part.casefold() != tag.casefold()]
-    return ", ".join(kept) if len(kept) < len(parts_of(text)) else text
-
-
-def trigger_first(text: str, trigger: str) -> str:
-    if not text or re.match(rf"{re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
-        return text
-    rest = without(text, trigger)
-    if rest == text and contains(text, trigger):  # inside a sentence: it is there, and twice would weigh more
-        return text
-    return f"{trigger}, {rest}" if rest else trigger
 
 
 def replaced(text: str, find: str, new: str) -> str:

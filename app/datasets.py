@@ -5,7 +5,7 @@
     removed/       images that were removed, with their captions and masks; nothing is ever deleted
     backup/        what `write_back` wrote over; masks/: masks that were painted over or taken away
     incoming/      an upload under way
-    dataset.json   {"name", "created", "files": {image name: {"from", "origin"}}, "waiting": {name: caption without an image yet},
+    dataset.json   {"name", "notes", "trigger", "class_word", "repeats", "class_images" (as app/exchange.py read them), "created", "files": {image name: {"from", "origin"}}, "waiting": {name: caption without an image yet},
                    "caption_job": {"folder", "style"} or null, "mask_job": {"folder", "prompt"} or null}
     history.json   what `undo` takes back, oldest first: {"label", "active": {image: whether it was}, "captions": {image: text or null},
                    "masks": {image: file in backup/masks or null}, "crops": {image: [x, y] or null}}
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import re
 import secrets
@@ -28,7 +27,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -39,6 +38,7 @@ from app.errors import Problem
 from app.paths import ROOT, Home
 from trainer import events
 from trainer.data.buckets import Placement, place
+from trainer.data.captions import parts_of, trigger_first, without
 from trainer.data.images import DAMAGED
 from trainer.data.scan import CENTRE, CROPS, OTHER_SUFFIXES, SUFFIXES, decode, inspect, list_files, read_crops, sidecars_of
 from trainer.run_dir import replace, write_atomic
@@ -46,6 +46,20 @@ from trainer.run_dir import replace, write_atomic
 UNDO = 200  # changes that can be taken back
 ACTIONS = ("trigger_first", "replace", "prepend", "append", "remove_tag", "clear")
 
+
+class _Looking:
+    """Pictures being looked at: how many are done, and whether somebody wants it to end."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.stopped = total, 0, False
+
+    def tick(self) -> None:
+        self.done += 1
+        if self.stopped:
+            raise Problem("Cancelled; nothing was added.", 409)
+
+
+_looking: dict[Path, list[_Looking]] = {}
 _locks: dict[Path, threading.RLock] = {}
 _locks_guard = threading.Lock()
 
@@ -56,7 +70,7 @@ def create(home: Home, name: str = "") -> Dataset:
     data = Dataset(home, id)
     data.images.mkdir(parents=True)
     data.removed.mkdir()
-    data._save({"name": name, "created": time.time(), "files": {}, "waiting": {}, "caption_job": None})
+    data.save(data.read() | {"name": name, "created": time.time()})
     return data
 
 
@@ -81,13 +95,14 @@ class Dataset:
 
     def read(self) -> dict[str, Any]:
         """What dataset.json says; it is made again, without the origins, where it is missing or damaged."""
-        blank = {"name": "", "created": 0.0, "files": {}, "waiting": {}, "caption_job": None, "mask_job": None}
+        blank = {"name": "", "notes": "", "trigger": "", "class_word": "", "repeats": 1, "class_images": False, "created": 0.0}
+        blank |= {"files": {}, "waiting": {}, "caption_job": None, "mask_job": None}
         try:
             return blank | json.loads((self.root / "dataset.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return blank
 
-    def _save(self, facts: dict[str, Any]) -> None:
+    def save(self, facts: dict[str, Any]) -> None:
         write_atomic(self.root / "dataset.json", json.dumps(facts, indent=1), "the data set")
 
     def _history(self) -> list[dict[str, Any]]:
@@ -151,6 +166,14 @@ class Dataset:
             raise Problem(f"There is no image {unknown[0][:40]!r} in this data set. Reload the page.", 404)
         return [names[i] for i in dict.fromkeys(ids)]
 
+    def names(self) -> list[str]:
+        """The file names of the active images, in the order of training."""
+        return self._names(self.images)
+
+    def texts(self) -> dict[str, str]:
+        """The captions of the active images that have a caption file, by the images' names."""
+        return {name: text for name, (_, text) in self._texts(self.images).items()}
+
     def count(self) -> int:
         """Number of active images."""
         return len(self._names(self.images))
@@ -179,15 +202,15 @@ class Dataset:
                 texts = self._texts(folder)
                 rows += [(folder / name, texts.get(name, (None, ""))[1]) for name in self._names(folder)]
                 mask_of |= self._masks(folder)
-        with ThreadPoolExecutor(4) as pool:
-            facts_of = list(pool.map(inspect, [path for path, _ in rows]))
+        facts_of = self._inspect([path for path, _ in rows])
         good = {path: found for (path, _), found in zip(rows, facts_of, strict=True) if not isinstance(found, str)}
         looks = dict(zip(good, pictures.look_all([(p, found[0]) for p, found in good.items()], self.home.cache), strict=True))
         active = [path for path in good if path.parent == self.images]
         focus = [crops.get(p.name, CENTRE) for p in active]
         placed = self._place([good[p][1:] for p in active], resolution, bucket_step, max_aspect, batch_size, focus)
         placements = dict(zip(active, placed, strict=True))
-        twins = _twins([(p, looks[p]) for p in active])
+        seen = [p for p in active if looks[p]]
+        twins = {seen[k]: seen[g[1] if k == g[0] else g[0]].name for g in pictures.twins([looks[p] for p in seen]) for k in g}
         images = []
         for (path, text), found in zip(rows, facts_of, strict=True):
             id, name = self.image_id(path.name), path.name
@@ -216,6 +239,13 @@ class Dataset:
             images.append(image)
         return images
 
+    def looks(self) -> dict[str, pictures.Look]:
+        """What was seen of each active image that decodes, by its id."""
+        paths = [self.images / name for name in self._names(self.images)]
+        good = [(p, found[0]) for p, found in zip(paths, self._inspect(paths), strict=True) if not isinstance(found, str)]
+        seen = zip(good, pictures.look_all(good, self.home.cache), strict=True)
+        return {self.image_id(path.name): look for (path, _), look in seen if look}
+
     @staticmethod
     def _place(
         sizes: list[tuple[int, int]],
@@ -239,7 +269,7 @@ class Dataset:
         counts: Counter[str] = Counter()
         spelled: dict[str, str] = {}
         for _, text in self._texts(self.images).values():
-            own = {part.casefold(): part for part in caption_texts.parts_of(text) if len(part.split()) <= 4}
+            own = {part.casefold(): part for part in parts_of(text) if len(part.split()) <= 4}
             counts.update(own.keys())
             for key, part in own.items():
                 spelled.setdefault(key, part)
@@ -248,6 +278,29 @@ class Dataset:
     def caption_of(self, id: str) -> str:
         path = self.find(id)
         return self._texts(path.parent).get(path.name, (None, ""))[1]
+
+    # ---- looking at the pictures
+
+    def _inspect(self, paths: Sequence[Path]) -> list[tuple[str, int, int] | str]:
+        """trainer.data.scan.inspect of each path, told by `looking`. Raises Problem (409) where `stop_looking` was called meanwhile."""
+        work = _Looking(len(paths))
+        with self.lock:
+            _looking.setdefault(self.root, []).append(work)
+        try:
+            return pictures.inspect_all(paths, self.home.cache, work.tick)
+        finally:
+            with self.lock:
+                _looking[self.root].remove(work)
+
+    def looking(self) -> dict[str, int] | None:
+        """{"done", "total"} of the pictures that are being looked at, None where none are."""
+        work = max(_looking.get(self.root, []), key=lambda w: w.total - w.done, default=None)
+        return {"done": work.done, "total": work.total} if work else None
+
+    def stop_looking(self) -> None:
+        """End what `looking` tells of; what was coming in is not added."""
+        for work in _looking.get(self.root, []):
+            work.stopped = True
 
     # ---- captions
 
@@ -275,11 +328,11 @@ class Dataset:
             what = "There is no trigger word yet; type one first." if field == "trigger" else f"{field} is empty; say which text."
             raise Problem(what, errors={field: what})
         edit: dict[str, Callable[[str], str]] = {
-            "trigger_first": lambda old: caption_texts.trigger_first(old, " ".join(trigger.split())),
+            "trigger_first": lambda old: trigger_first(old, " ".join(trigger.split())),
             "replace": lambda old: caption_texts.replaced(old, find, text),
             "prepend": lambda old: caption_texts.joined(text, old, behind=False),
             "append": lambda old: caption_texts.joined(old, text, behind=True),
-            "remove_tag": lambda old: caption_texts.without(old, find),
+            "remove_tag": lambda old: without(old, find),
             "clear": lambda old: "",
         }
         with self.lock:
@@ -309,28 +362,33 @@ class Dataset:
         new = {name: text for name, text in new.items() if text != (old[name][1] if name in old else "")}
         if new:
             self._remember(label, captions={name: old[name][1] if name in old else None for name in new})
-            for name, text in new.items():
-                self._write_caption(name, text)
+            self._write_captions(new)
 
-    def _write_caption(self, name: str, text: str | None) -> None:
-        """Write an image's caption into the file that the trainer reads for it alone; None removes that file."""
-        folder = self.images if (self.images / name).exists() else self.removed
-        if not (folder / name).exists():
-            return
-        texts = self._texts(folder)
-        file = texts[name][0] if name in texts else None
-        shared = sum(other == file for other, _ in texts.values()) > 1
-        if text is None and file and not shared:
-            file.unlink()
-        elif text is not None or shared:
-            own = self._own_file(name) if file is None or shared else file.name
-            write_atomic(folder / own, f"{text}\n" if text else "", "a caption")
+    def _write_captions(self, new: Mapping[str, str | None]) -> None:
+        """Write images' captions, each into the file that the trainer reads for it alone; None removes that file."""
+        texts = {folder: self._texts(folder) for folder in (self.images, self.removed)}
+        users = {folder: Counter(file for file, _ in held.values()) for folder, held in texts.items()}
+        stems = self._stems()
+        for name, text in new.items():
+            folder = self.images if (self.images / name).exists() else self.removed
+            if not (folder / name).exists():
+                continue
+            file = texts[folder][name][0] if name in texts[folder] else None
+            shared = users[folder][file] > 1
+            if text is None and file and not shared:
+                file.unlink()
+            elif text is not None or shared:
+                own = self._own_file(name, stems) if file is None or shared else file.name
+                write_atomic(folder / own, f"{text}\n" if text else "", "a caption")
+                users[folder][file] -= shared
 
-    def _own_file(self, name: str) -> str:
+    def _stems(self) -> Counter[str]:
+        """How many images, active or removed, have each name without its ending."""
+        return Counter(intake.key(Path(n).stem) for n in self._names(self.images) + self._names(self.removed))
+
+    def _own_file(self, name: str, stems: Counter[str]) -> str:
         """`a.txt` for `a.png`; `a.png.txt` where there is another `a.*` too."""
-        stem = intake.key(Path(name).stem)
-        alike = [n for n in self._names(self.images) + self._names(self.removed) if intake.key(Path(n).stem) == stem]
-        return f"{name}.txt" if len(alike) > 1 else f"{Path(name).stem}.txt"
+        return f"{name}.txt" if stems[intake.key(Path(name).stem)] > 1 else f"{Path(name).stem}.txt"
 
     # ---- crops and masks
 
@@ -423,7 +481,7 @@ class Dataset:
     def set_mask_job(self, folder: Path | None, prompt: str = "") -> None:
         """Remember the folder of the masking that was asked for last; None forgets it."""
         with self.lock:
-            self._save(self.read() | {"mask_job": {"folder": str(folder), "prompt": prompt} if folder else None})
+            self.save(self.read() | {"mask_job": {"folder": str(folder), "prompt": prompt} if folder else None})
 
     def checkpoint_masks(self, label: str) -> None:
         """Remember the masks of all active images before something else writes them, as `checkpoint` does captions."""
@@ -469,30 +527,35 @@ class Dataset:
 
     def _set_active(self, ids: Sequence[str], active: bool) -> None:
         with self.lock:
-            found = [self.find(id) for id in ids]
+            there = {self.image_id(n): f / n for f in (self.removed, self.images) for n in self._names(f)}
+            found = [there[id] if id in there else self.find(id) for id in dict.fromkeys(ids)]
             names = [p.name for p in found if (p.parent == self.images) != active]
             if not names:
                 return
             label = names[0] if len(names) == 1 else _count(len(names), "image")
             self._remember(f"{'Restore' if active else 'Remove'} {label}", active=dict.fromkeys(names, not active))
-            for name in names:
-                self._move(name, active)
+            self._move(dict.fromkeys(names, active))
 
-    def _move(self, name: str, active: bool) -> None:
-        source, target = (self.removed, self.images) if active else (self.images, self.removed)
-        if not (source / name).exists():
-            return
-        texts = self._texts(source)
-        target.mkdir(exist_ok=True)
-        if name in texts:
-            file, text = texts[name]
-            write_atomic(target / self._own_file(name), f"{text}\n" if text else "", "a caption")
-        mask = self._masks(source).get(name)
-        replace(source / name, target / name)
-        if mask:
-            replace(mask, target / mask.name)
-        if name in texts and not any(other == file for n, (other, _) in texts.items() if n != name):
-            file.unlink(missing_ok=True)
+    def _move(self, moves: Mapping[str, bool]) -> None:
+        """Make images active or not, with their captions and masks."""
+        folders = (self.images, self.removed)
+        texts, covers = {f: self._texts(f) for f in folders}, {f: self._masks(f) for f in folders}
+        users, stems = {f: Counter(file for file, _ in texts[f].values()) for f in folders}, self._stems()
+        for name, active in moves.items():
+            source, target = (self.removed, self.images) if active else (self.images, self.removed)
+            if not (source / name).exists():
+                continue
+            target.mkdir(exist_ok=True)
+            file, text = texts[source].get(name, (None, ""))
+            if file:
+                write_atomic(target / self._own_file(name, stems), f"{text}\n" if text else "", "a caption")
+            replace(source / name, target / name)
+            if mask := covers[source].get(name):
+                replace(mask, target / mask.name)
+            if file:
+                users[source][file] -= 1
+                if not users[source][file]:
+                    file.unlink(missing_ok=True)
 
     # ---- undo
 
@@ -508,16 +571,19 @@ class Dataset:
             if not history:
                 return ""
             entry = history[-1]
-            for name, active in entry["active"].items():
-                self._move(name, active)
-            for name, text in entry["captions"].items():
-                self._write_caption(name, text)
+            self._move(entry["active"])
+            self._write_captions(entry["captions"])
             for name, kept in entry.get("masks", {}).items():
                 self._keep_mask(name)
                 self._write_mask(name, (self.backup / "masks" / kept).read_bytes() if kept else None)
             self._save_crops(entry.get("crops", {}))
             self._save_history(history[:-1])
             return entry["label"]
+
+    def forget_changes(self) -> None:
+        """Let the data set begin as it is now: nothing can be taken back."""
+        with self.lock:
+            self._save_history([])
 
     # ---- coming in
 
@@ -574,6 +640,8 @@ class Dataset:
         with self._staging(0) as stage:
             arrivals = [intake.Arrival(f.relative_to(folder).as_posix(), f, mask=True) for f in files if masks.is_mask(f.name)]
             arrivals += [intake.Arrival(CROPS, crops=read_crops(folder, problems))]
+            for file in files:
+                arrivals += intake.listed(file.relative_to(folder).as_posix(), file) or []
             for path in found:
                 label = intake.to_label(path.relative_to(folder).as_posix())
                 staged = stage / f"{uuid.uuid4().hex}{intake.image_suffix(path)}"
@@ -607,8 +675,7 @@ class Dataset:
 
     def _add(self, arrivals: list[intake.Arrival], problems: list[str], undoable: bool = True) -> int:
         staged = [a for a in arrivals if a.path and not a.mask]
-        with ThreadPoolExecutor(4) as pool:
-            results = list(pool.map(inspect, [a.path for a in staged]))
+        results = self._inspect([a.path for a in staged])
         good = []
         for arrival, result in zip(staged, results, strict=True):
             if isinstance(result, str):
@@ -619,8 +686,8 @@ class Dataset:
             facts = self.read()
             active, captions = {}, {}
             before = {name: text for name, (_, text) in {**self._texts(self.removed), **self._texts(self.images)}.items()}
-            known = {n: inspect(f / n) for f in (self.images, self.removed) for n in self._names(f)}
-            fresh = []
+            known = {n: pictures.inspect(f / n, self.home.cache) for f in (self.images, self.removed) for n in self._names(f)}
+            fresh, taken = [], intake.Taken(known)
             for arrival in good:
                 twin = next(
                     (n for n, found in known.items() if found[0] == arrival.digest and intake.same_name(facts, n, arrival.label)), None
@@ -628,24 +695,26 @@ class Dataset:
                 if twin:
                     if (self.removed / twin).exists():
                         active[twin] = False
-                        self._move(twin, True)
+                        self._move({twin: True})
                     elif twin not in fresh:
                         problems.append(f"{arrival.label} is in the data set already, as {twin}.")
                     fresh.append(twin)
                     continue
-                name = intake.free_name(PurePosixPath(arrival.label).name, known)
-                self._split_caption(name)
+                name = intake.free_name(PurePosixPath(arrival.label).name, taken)
+                if intake.key(Path(name).stem) in taken.stems:
+                    self._split_caption(name)
+                taken.add(name)
                 replace(arrival.path, self.images / name)
                 facts["files"][name] = {"from": arrival.label, "origin": str(arrival.origin) if arrival.origin else None}
-                known[name] = inspect(self.images / name)
+                known[name] = pictures.inspect(self.images / name, self.home.cache)
                 active[name] = False
                 fresh.append(name)
             waiting = [intake.Arrival(label, text=text) for label, text in facts["waiting"].items()]
             facts["waiting"] = {}
             texts = sorted([a for a in arrivals if not a.path and a.crops is None], key=lambda a: intake.rank(a.label))
-            lost = []
+            lost, matcher = [], intake.Matcher(facts, fresh, self._names(self.images))
             for arrival in [*waiting, *texts]:
-                names, why = intake.match(arrival.label, facts, fresh, self._names(self.images))
+                names, why = matcher.match(arrival.label)
                 for name in names:
                     captions[name] = arrival.text
                 if not names:
@@ -657,9 +726,9 @@ class Dataset:
             if lost:
                 names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
                 problems.append(f"No image has the name of {names}. The text is kept for an image of that name, added later.")
-            self._save(facts)
+            self.save(facts)
             captions = {n: text for n, text in captions.items() if text != before.get(n, "")}
-            covers = self._masks_among(arrivals, facts, fresh, problems)
+            covers = self._masks_among(arrivals, matcher, problems)
             points = self._points_among(arrivals, facts, fresh)
             if undoable and (active or captions or covers or points):
                 counts = ((active, "image"), (captions, "caption"), (covers, "mask"), (points, "crop"))
@@ -672,16 +741,13 @@ class Dataset:
                     masks={n: was for n, was in kept.items() if was or n not in active},
                     crops={n: cropped.get(n) for n in points if n in cropped or n not in active},
                 )
-            for name, text in captions.items():
-                self._write_caption(name, text)
+            self._write_captions(captions)
             for name, raw in covers.items():
                 self._write_mask(name, raw)
             self._save_crops(points)
         return len(active)
 
-    def _masks_among(
-        self, arrivals: Iterable[intake.Arrival], facts: dict[str, Any], fresh: list[str], problems: list[str]
-    ) -> dict[str, bytes]:
+    def _masks_among(self, arrivals: Iterable[intake.Arrival], matcher: intake.Matcher, problems: list[str]) -> dict[str, bytes]:
         """The masks that came in, by the images that they belong to; what belongs to none is told."""
         found, old = {}, self._masks(self.images)
         for arrival in (a for a in arrivals if a.mask and a.path):
@@ -690,7 +756,7 @@ class Dataset:
                 problems.append(f"{arrival.label} {look}")
                 continue
             stem = arrival.label[: -len(intake.MASK)]
-            names, why = intake.match(f"{stem}.txt", facts, fresh, self._names(self.images))
+            names, why = matcher.match(f"{stem}.txt")
             if not names:
                 problems.append(why or f"{arrival.label} is the mask of no image here. Add it together with its image, or after it.")
             for name in names:
@@ -786,7 +852,7 @@ class Dataset:
     def set_caption_job(self, folder: Path | None, style: str = "") -> None:
         """Remember the folder of the captioning that was asked for last; None forgets it."""
         with self.lock:
-            self._save(self.read() | {"caption_job": {"folder": str(folder), "style": style} if folder else None})
+            self.save(self.read() | {"caption_job": {"folder": str(folder), "style": style} if folder else None})
 
     def caption_job(self, runner: Any) -> dict[str, Any] | None:
         """The last captioning as the draft view's `caption_job`, None where there was none. `runner` has `look(folder)`."""
@@ -805,16 +871,6 @@ class Dataset:
             if event["type"] == "stage" and state in ("starting", "running"):
                 view["text"] = event.get("text", "")
         return view
-
-
-def _twins(rows: list[tuple[Path, pictures.Look | None]]) -> dict[Path, str]:
-    """The name of a near duplicate of each picture that has one."""
-    found = {}
-    for (a, look_a), (b, look_b) in itertools.combinations([r for r in rows if r[1]], 2):
-        if pictures.same(look_a, look_b):
-            found.setdefault(a, b.name)
-            found.setdefault(b, a.name)
-    return found
 
 
 def _count(n: int, what: str) -> str:

@@ -13,7 +13,7 @@ import re
 import threading
 import tomllib
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ from typing import Any
 from app import datasets, forms, models, settings
 from app.errors import Problem
 from app.paths import ROOT, Home
-from trainer.config import TrainConfig
+from trainer.config import DataConfig, TrainConfig
 from trainer.config.load import ConfigError, merge, overlays, presets, read_preset, validate
-from trainer.data.scan import DataError, listing
+from trainer.data.scan import DataError, inspect, listing
 from trainer.run_dir import RunDir, write_atomic
 
 PURPOSES = ("character", "style", "object")
-FIELDS = ("purpose", "name", "class_word", "trigger", "model", "variant", "preset")  # what PATCH may set, beside `changes`
+FIELDS = ("purpose", "name", "class_word", "trigger", "model", "variant", "preset")  # what PATCH may set, beside `changes` and `sets`
+KINDS = ("train", "prior", "validation")  # of a further set of images
 EXAMPLE = ROOT / "assets" / "demo" / "data" / "zorp" / "train"
+EXAMPLE_CAPTIONER = ROOT / "assets" / "demo" / "captioner"
 WORDS = ROOT / "assets" / "models" / "sd1" / "tokenizer" / "vocab.json"
 OURS = ("model.source", "data", "output.name", "adapter.kind")  # made from the draft itself, never by `changes`
 _lock = threading.RLock()
@@ -60,7 +62,7 @@ def load(home: Home) -> dict[str, Any]:
 
 def _completed(kept: Any) -> Any:
     """A draft of an earlier version with the fields that have come since."""
-    return {"variant": ""} | kept if isinstance(kept, dict) else kept
+    return {"variant": "", "sets": []} | kept if isinstance(kept, dict) else kept
 
 
 def _courses() -> set[str]:
@@ -76,7 +78,7 @@ def _is_draft(kept: Any) -> bool:
 def _blank(dataset: str) -> dict[str, Any]:
     return {
         "dataset": dataset, "purpose": "character", "name": "", "class_word": "", "trigger": "", "trigger_follows": True,
-        "model": "", "variant": "", "preset": "balanced", "changes": {}, "example": False, "revision": 1,
+        "model": "", "variant": "", "preset": "balanced", "changes": {}, "sets": [], "example": False, "revision": 1,
     }  # fmt: skip
 
 
@@ -98,6 +100,14 @@ def folder(home: Home, draft: Mapping[str, Any]) -> Path:
     return home.datasets / draft["dataset"] / "images"
 
 
+def is_example(home: Home, draft: Mapping[str, Any]) -> bool:
+    """Whether it is the built-in example still: the toy model, and no picture but its own, which its captioner knows."""
+    if not draft["example"]:
+        return False
+    own = {inspect(path) for path in EXAMPLE.glob("*.png")}
+    return all(inspect(path) in own for path, _, _ in listing(folder(home, draft)))
+
+
 def update(home: Home, **changes: Any) -> dict[str, Any]:
     """Change what is named and save. `changes={field: value}` adds to what differs from the preset, None drops it, "" empties it.
 
@@ -107,9 +117,9 @@ def update(home: Home, **changes: Any) -> dict[str, Any]:
         draft = load(home)
         new = {**draft, "changes": dict(draft["changes"]), "revision": draft["revision"] + 1}
         errors = {
-            k: f"{k} is not a field of the draft. There are: {', '.join(FIELDS)}, changes."
+            k: f"{k} is not a field of the draft. There are: {', '.join(FIELDS)}, changes, sets."
             for k in changes
-            if k not in (*FIELDS, "changes")
+            if k not in (*FIELDS, "changes", "sets")
         }
         for key in FIELDS:
             if key not in changes:
@@ -145,6 +155,11 @@ def update(home: Home, **changes: Any) -> dict[str, Any]:
                 errors[key] = why
             else:
                 new["changes"][key] = value
+        if "sets" in changes:
+            try:
+                new["sets"] = _sets(home, draft, changes["sets"])
+            except Problem as problem:
+                errors["sets"] = problem.text
         if errors:
             raise Problem(" ".join(errors.values()), errors=errors)
         if new["model"] != draft["model"] and "variant" not in changes:
@@ -156,6 +171,28 @@ def update(home: Home, **changes: Any) -> dict[str, Any]:
         return _save(home, new)
 
 
+def _sets(home: Home, draft: Mapping[str, Any], given: Any) -> list[dict[str, Any]]:
+    """Further sets of images as they are kept. Raises Problem for one that cannot be."""
+    blank = {"dataset": "", "kind": "train", "visits": None, "weight": 1.0, "trigger": "", "class_word": ""}
+    if not isinstance(given, list) or not all(isinstance(each, dict) and each.keys() <= blank.keys() for each in given):
+        raise Problem(f"sets is {str(given)[:80]!r}; it must be a list of objects of {', '.join(blank)}.")
+    kept = []
+    for each in (blank | e for e in given):
+        name = datasets.open(home, str(each["dataset"])).read()["name"] or each["dataset"]
+        visits, weight = each["visits"], each["weight"]
+        if each["dataset"] == draft["dataset"] or any(each["dataset"] == k["dataset"] for k in kept):
+            raise Problem(f"The data set {name} is in this training already. Choose another.")
+        if each["kind"] not in KINDS:
+            raise Problem(f"kind of {name} is {each['kind']!r}; it must be one of {', '.join(KINDS)}.")
+        if visits is not None and not (type(visits) is int and 1 <= visits <= 100_000):
+            raise Problem(f"Visits of {name} is {str(visits)[:20]}; it must be a whole number from 1 to 100000, or empty (as the others).")
+        if type(weight) not in (int, float) or not 0 < weight <= 100:
+            raise Problem(f"Weight of {name} is {str(weight)[:20]}; it must be above 0 and at most 100.")
+        words = {k: " ".join(str(each[k]).split())[:4000] for k in ("trigger", "class_word")}
+        kept.append(each | words | {"weight": float(weight)})
+    return kept
+
+
 def _refused(key: str) -> str | None:
     if any(key == o or key.startswith(f"{o}.") for o in (*OURS, *forms.KEPT)):
         return f"{key} is not set here: {forms.hidden(key)}."
@@ -164,10 +201,43 @@ def _refused(key: str) -> str | None:
     return None
 
 
+def open_dataset(home: Home, id: str) -> dict[str, Any]:
+    """Train on another data set: with its trigger and class word, and under its name, where the LoRA is called as the data set before. Raises Problem for one that does not exist, or that is in the training as a further set."""
+    with _lock:
+        before = load(home)
+        facts = datasets.open(home, id).read()
+        if any(each["dataset"] == id for each in before["sets"]):
+            raise Problem(f"The data set {facts['name'] or id} is a further set of this training. Take it out there first.", 409)
+        if id == before["dataset"]:
+            return before
+        called = leave(home, before)
+        new = before | {"dataset": id, "revision": before["revision"] + 1}
+        if facts["trigger"] or facts["class_word"] or datasets.open(home, before["dataset"]).count():  # else they were typed for this one
+            new |= {"trigger": facts["trigger"], "class_word": facts["class_word"], "trigger_follows": not facts["trigger"]}
+        if facts["name"] and before["name"] in ("", called):
+            new["name"] = facts["name"]
+        if new["trigger_follows"]:
+            new["trigger"] = make_trigger(new["name"], new["class_word"])
+        return _save(home, new)
+
+
+def leave(home: Home, draft: Mapping[str, Any]) -> str:
+    """Let the draft's data set remember what it was trained as, so that it is found again; returns what it is called."""
+    data = datasets.Dataset(home, draft["dataset"])
+    with data.lock:
+        facts = data.read()
+        if data.count():
+            words = {k: draft[k] for k in ("trigger", "class_word") if draft[k]}
+            facts |= words | {"name": facts["name"] or draft["name"]}
+            data.save(facts)
+    return facts["name"]
+
+
 def new(home: Home) -> dict[str, Any]:
     """An empty draft and data set. The one before is kept for `undo_new`."""
     with _lock:
         before = load(home)
+        leave(home, before)
         write_atomic(_previous(home), json.dumps(before, ensure_ascii=False), "the draft before")
         return _save(home, _fresh(home) | {"model": "" if before["example"] else before["model"], "revision": before["revision"] + 1})
 
@@ -205,7 +275,8 @@ def example(home: Home) -> dict[str, Any]:
     """The built-in example: zorp's pictures, the toy base, its preset."""
     with _lock:
         before = load(home)
-        data = datasets.create(home)
+        leave(home, before)
+        data = datasets.create(home, "Zorp, the example")
         data.add_folder(EXAMPLE, undoable=False)
         write_atomic(_previous(home), json.dumps(before, ensure_ascii=False), "the draft before")
         return _save(
@@ -235,9 +306,15 @@ def from_run(home: Home, run: Path, start: bool = False) -> dict[str, Any]:
         lora = found[-1]
     with _lock:
         before = load(home)
+        leave(home, before)
         data = datasets.create(home)
         taken = _take(home, values, _blank(data.id) | _kind_of(run), nearest=True)
         data.add_folder(images, undoable=False)
+        for entry in config.data:
+            if entry.folder != images and entry.folder.is_dir():
+                further = datasets.create(home, f"{entry.class_word or entry.trigger or 'Images'} of {taken['name'] or run.name}")
+                further.add_folder(entry.folder, undoable=False)
+                taken["sets"] = [*taken["sets"], _set_of(further.id, entry)]
         taken["example"] = taken["model"] == "demo"
         if start:
             taken["changes"]["adapter.start"] = str(lora)
@@ -245,6 +322,10 @@ def from_run(home: Home, run: Path, start: bool = False) -> dict[str, Any]:
             taken["changes"].pop("adapter.start", None)
         write_atomic(_previous(home), json.dumps(before, ensure_ascii=False), "the draft before")
         return _save(home, taken | {"revision": before["revision"] + 1})
+
+
+def _set_of(dataset: str, entry: DataConfig) -> dict[str, Any]:
+    return {"dataset": dataset} | {k: getattr(entry, k) for k in ("kind", "visits", "weight", "trigger", "class_word")}
 
 
 # ---- names ----------------------------------------------------------------------------------------------------------------
@@ -390,10 +471,17 @@ def compose(home: Home, draft: Mapping[str, Any], changed: bool = True) -> dict[
         values["train"] = saving | {k: v for k, v in values.get("train", {}).items() if f"train.{k}" in own or k not in saving}
     made = {
         "model": {"source": models.absolute(draft["model"])},
-        "data": [{"folder": str(folder(home, draft)), "trigger": draft["trigger"], "class_word": draft["class_word"]}],
+        "data": [{"folder": str(f), **entry} for f, entry in entries(home, draft)],
         "output": {"name": slug(draft["name"])},
     }
     return merge(merge({"output": {"title": draft["name"]}}, values), made)
+
+
+def entries(home: Home, draft: Mapping[str, Any]) -> Sequence[tuple[Path, dict[str, Any]]]:
+    """(folder, the other values) of each `[[data]]` of the draft: the images of the page, then the further sets."""
+    main = {"trigger": draft["trigger"], "class_word": draft["class_word"]}
+    further = [(folder(home, each), {k: v for k, v in each.items() if k != "dataset" and v is not None}) for each in draft["sets"]]
+    return [(folder(home, draft), main), *further]
 
 
 def check(home: Home, draft: Mapping[str, Any]) -> tuple[TrainConfig | None, dict[str, str]]:
@@ -492,12 +580,9 @@ def to_toml(home: Home, draft: Mapping[str, Any]) -> str:
     lines = [
         "# What the next training will be. Lines that begin with # are the preset's own values: take the # away to change one.",
         f"preset = {_toml(preset_name(home, draft))}",
-        "",
-        "[[data]]",
-        f"folder = {_toml(str(folder(home, draft)))}",
-        f"trigger = {_toml(draft['trigger'])}",
-        f"class_word = {_toml(draft['class_word'])}",
     ]
+    for path, entry in entries(home, draft):
+        lines += ["", "[[data]]", f"folder = {_toml(str(path))}", *(f"{k} = {_toml(v)}" for k, v in entry.items())]
     fixed = {"model": {"source": draft["model"]}, "output": {"name": slug(draft["name"])}}
     for section in dict.fromkeys(["model", *(s["name"] for s in forms.form()["sections"])]):
         keys = [k for k in effective if k.rpartition(".")[0] == section and forms.applies(k, effective, of)]
@@ -534,15 +619,36 @@ def from_toml(home: Home, text: str) -> dict[str, Any]:
         raise Problem(f"This is not valid TOML: {error}.") from None
     with _lock:
         draft = load(home)
-        own = folder(home, draft)
-        named = [e.get("folder") for e in raw["data"] if isinstance(e, dict)] if isinstance(raw.get("data"), list) else []
-        if any(isinstance(f, str) and Path(f).expanduser() != own for f in named) or len(named) > 1:
+        further = _further(home, draft, raw["data"]) if isinstance(raw.get("data"), list) else None
+        taken = _take(home, raw, draft)
+        if further is not None:  # after the values were checked
+            taken["sets"] = [_set_of(id, entry) for id, entry in zip(further, _data(raw)[1:], strict=True)]
+        return _save(home, taken | {"revision": draft["revision"] + 1})
+
+
+def _data(raw: Mapping[str, Any]) -> tuple[DataConfig, ...]:
+    return validate({"data": raw["data"]}).data
+
+
+def _further(home: Home, draft: Mapping[str, Any], data: list[Any]) -> list[str]:
+    """The data sets of the `[[data]]` of a text, the first of which is the draft's own. Raises Problem for folders of somewhere else."""
+    found = []
+    for k, entry in enumerate(data):
+        named = entry.get("folder") if isinstance(entry, dict) else None
+        if not isinstance(named, str):
+            continue  # the settings' own check says so
+        path, own = Path(named).expanduser(), folder(home, draft)
+        if k == 0 and path != own:
             raise Problem(
-                f"data.1.folder is {named[0]!r}; on this page it is {str(own)!r}, the images above. Add other images there.",
+                f"data.1.folder is {named!r}; on this page it is {str(own)!r}, the images above. Add other images there.",
                 errors={"data.1.folder": f"The images of a training are added above; leave folder = {str(own)!r}."},
             )
-        taken = _take(home, raw, draft)
-        return _save(home, taken | {"revision": draft["revision"] + 1})
+        if k:
+            if path.name != "images" or path.parent.parent != home.datasets or not path.is_dir() or path == own:
+                said = f"data.{k + 1}.folder is {named!r}, which is no other data set of this page. Import its images as one first."
+                raise Problem(said, errors={f"data.{k + 1}.folder": said})
+            found.append(path.parent.name)
+    return found
 
 
 def take(home: Home, raw: dict[str, Any]) -> dict[str, Any]:

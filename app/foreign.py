@@ -122,7 +122,7 @@ KOHYA_REASONS = {
     **dict.fromkeys(("logging_dir", "output_dir"), "each training has a folder of its own here"),
     **dict.fromkeys(("max_bucket_reso", "min_bucket_reso", "bucket_no_upscale"), "sizes are chosen from the images here; see Widest shape"),
     **dict.fromkeys(("xformers", "mem_eff_attn", "sdpa"), "PyTorch's own attention is used, which is as fast on current GPUs"),
-    **dict.fromkeys(("reg_data_dir", "prior_loss_weight"), "class images are not used here"),
+    **dict.fromkeys(("reg_data_dir", "prior_loss_weight"), "class images: import them as a data set, then add it as another set of images"),
     **dict.fromkeys(("stop_text_encoder_training", "stop_text_encoder_training_pct"), "has no effect there for a LoRA; here it is Text encoder stops after"),
     **dict.fromkeys(("full_fp16", "full_bf16"), "the LoRA itself is always trained in 32 bits here"),
     "clip_skip": "only SD 1.5 has a choice of layers (1 to 4)",

@@ -42,7 +42,7 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
 }
 SMALL, LARGE = 8 * 2**20, 2 * 2**30 + 2**20  # bytes of a body: any route, and those that take files (2 GB and the multipart's own lines)
-TAKE_FILES = ("/api/images", "/api/tools/files")
+TAKE_FILES = ("/api/images", "/api/datasets/import", "/api/tools/files")
 DRAIN, DRAIN_S = 256 * 2**20, 10  # how much of a body that is too large is still read, so that the browser gets to see the answer
 log = logging.getLogger("app")
 

@@ -14,6 +14,7 @@ import unicodedata
 import uuid
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from app import caption_texts
+from app import caption_lists, caption_texts
 from app.errors import Problem
 from trainer.data.scan import CROPS, MASK, OTHER_SUFFIXES, SUFFIXES, decode, read_crops
 
@@ -76,7 +77,21 @@ def hidden(label: str) -> bool:
     return not label or any(p.startswith(".") or p.lower() in PASSED_OVER for p in label.split("/"))
 
 
-def free_name(name: str, taken: Iterable[str]) -> str:
+class Taken:
+    """The names that images have already, in any spelling."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.names: set[str] = set()
+        self.stems: set[str] = set()
+        for name in names:
+            self.add(name)
+
+    def add(self, name: str) -> None:
+        self.names.add(key(name))
+        self.stems.add(key(Path(name).stem))
+
+
+def free_name(name: str, taken: Taken) -> str:
     """A file name that every system takes and that no other image has, in any spelling, nor as the name of its caption."""
     path = Path(re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f]', "_", name))
     stem, suffix = path.stem.rstrip(". ") or "image", image_suffix(path)
@@ -84,12 +99,10 @@ def free_name(name: str, taken: Iterable[str]) -> str:
         stem = stem[:-1]
     if re.fullmatch(r"con|prn|aux|nul|com\d|lpt\d", stem, re.IGNORECASE) or stem.startswith("."):
         stem = f"_{stem}"
-    names = {key(n) for n in taken}
-    stems = {key(Path(n).stem) for n in taken}
     for k in itertools.count(1):
         new = f"{stem}{f' ({k})' if k > 1 else ''}{suffix}"
         # The caption of `a.png` may stand in `a.png.txt`, which is also where that of `a.png.jpg` would.
-        if key(new) not in names and key(new) not in stems and key(Path(new).stem) not in names:
+        if key(new) not in taken.names and key(new) not in taken.stems and key(Path(new).stem) not in taken.names:
             return new
     raise AssertionError
 
@@ -110,26 +123,33 @@ def rank(label: str) -> int:
     return 2 if PurePosixPath(path.stem).suffix.lower() in IMAGES else 1 if path.suffix.lower() == ".txt" else 0
 
 
-def match(label: str, facts: dict[str, Any], fresh: Sequence[str], names: Sequence[str]) -> tuple[list[str], str]:
-    """The images that a caption file belongs to: of those that came with it, else of all; in the same folder, else in any.
+class Matcher:
+    """Which images a caption file belongs to: of those that came with it (`fresh`), else of all (`names`); in the same folder, else in any."""
 
-    Returns (names, "") or ([], a sentence) where several in other folders would fit.
-    """
-    path = PurePosixPath(label)
+    def __init__(self, facts: dict[str, Any], fresh: Sequence[str], names: Sequence[str]) -> None:
+        self.came = {n: PurePosixPath(facts["files"].get(n, {}).get("from", n)) for n in (*fresh, *names)}
+        self.pools = [self._index(pool, exactly) for pool, exactly in itertools.product((fresh, names), (True, False))]
 
-    def fits(name: str, exactly: bool) -> bool:
-        came = PurePosixPath(facts["files"].get(name, {}).get("from", name))
-        options = (came.name, name) if exactly else (came.stem, Path(name).stem)
-        return key(path.stem) in map(key, options)
+    def _index(self, pool: Sequence[str], exactly: bool) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for name in dict.fromkeys(pool):
+            came = self.came[name]
+            for option in {key(o) for o in ((came.name, name) if exactly else (came.stem, Path(name).stem))}:
+                found[option].append(name)
+        return found
 
-    for pool, exactly in itertools.product((fresh, names), (True, False)):
-        found = [n for n in dict.fromkeys(pool) if fits(n, exactly)]
-        near = [n for n in found if key(str(PurePosixPath(facts["files"].get(n, {}).get("from", n)).parent)) == key(str(path.parent))]
-        if near or len(found) == 1:
-            return near or found, ""
-        if found:
-            return [], f"{label} could belong to {', '.join(found[:5])}. Rename it to NAME.txt of one image's full name, as {found[0]}.txt."
-    return [], ""
+    def match(self, label: str) -> tuple[list[str], str]:
+        """(names, "") or ([], a sentence) where several in other folders would fit."""
+        path = PurePosixPath(label)
+        for pool in self.pools:
+            found = pool.get(key(path.stem), [])
+            near = [n for n in found if key(str(self.came[n].parent)) == key(str(path.parent))]
+            if near or len(found) == 1:
+                return near or list(found), ""
+            if found:
+                said = f"{label} could belong to {', '.join(found[:5])}. Rename it to NAME.txt of one image's full name, as {found[0]}.txt."
+                return [], said
+        return [], ""
 
 
 def pasted(text: str) -> Path:
@@ -210,6 +230,13 @@ def take(label: str, file: BinaryIO | Path, size: int, stage: Stage, inside: boo
         if wrong:
             stage.problems.append(f'{label} was left out: it must be like {{"image.png": [0.5, 0.2]}}, points in shares of the sides.')
         return [Arrival(label, crops=crops)]
+    if suffix in caption_lists.SUFFIXES:
+        if name in caption_lists.OURS:
+            return []
+        if size <= caption_lists.MOST_BYTES and (found := listed(label, file)):
+            return found
+        stage.problems.append(f"{label} is no list of captions that is understood: each needs the image's file name and its text.")
+        return []
     if suffix not in (*IMAGES, *TEXTS):
         stage.problems.append(wrong_kind(label))
         return []
@@ -224,6 +251,16 @@ def take(label: str, file: BinaryIO | Path, size: int, stage: Stage, inside: boo
     with staged.open("wb") as out:
         shutil.copyfileobj(file, out, MB)
     return [Arrival(label, staged, mask=label.lower().endswith(MASK))]
+
+
+def listed(label: str, file: BinaryIO | Path) -> list[Arrival] | None:
+    """The captions of a list of them (metadata.jsonl, .csv, kohya's .json); None where it is none."""
+    if Path(label).suffix.lower() not in caption_lists.SUFFIXES or (
+        isinstance(file, Path) and file.stat().st_size > caption_lists.MOST_BYTES
+    ):
+        return None
+    found = caption_lists.read(label, file.read_bytes() if isinstance(file, Path) else file.read())
+    return found and [Arrival(f"{to_label(name)}.txt", text=caption_texts.cut(text)) for name, text in found.items()]
 
 
 def _unzip(label: str, file: BinaryIO, stage: Stage) -> list[Arrival]:

@@ -15,6 +15,7 @@ class Home:
         self.root = Path(root or os.environ.get("LORA_ATELIER_DATA") or "~/lora-atelier").expanduser().resolve()
         self.runs = self.root / "runs"
         self.datasets = self.root / "datasets"
+        self.trash = self.root / "trash"  # data sets that were deleted; nothing here is ever destroyed by the app
         self.jobs = self.root / "jobs"  # folders of captionings, measurements, the playground; made like run folders
         self.cache = self.root / "cache"  # thumbnails and what was read of model headers; may be deleted at any time
         self.draft = self.root / "draft.json"

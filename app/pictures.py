@@ -10,10 +10,9 @@ import contextlib
 import json
 import math
 import os
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,16 +22,16 @@ import PIL.Image
 from PIL.Image import Resampling
 
 from app.errors import Problem
+from trainer.data import scan
 from trainer.data.buckets import Placement
-from trainer.data.images import DAMAGED, FORMATS, open_rgb
+from trainer.data.images import DAMAGED, FORMATS, open_rgb, shrink, to_rgb
 from trainer.run_dir import replace
 
 THUMB, FULL = 320, 2048  # longest side in pixels
 QUALITY = {THUMB: 82, FULL: 88}
-_VERSION = 1  # of what is kept; another one is looked at again
+_VERSION = 2  # of what is kept; another one is looked at again
 MOST_BYTES, OLDEST_S = 10**9, 90 * 24 * 3600  # what the cache may hold after `prune`, and for how long without being used
 _DAY = 24 * 3600
-_HUGE = 40_000_000  # pixels: such pictures are opened one at a time, since each takes hundreds of MB
 
 # Sharpness is the variance of the Laplacian over that of the picture itself, in the blocks that show something, with the short
 # side at 512 pixels (what Stable Diffusion sees); the tenth best block of a hundred counts, so that a soft background is allowed.
@@ -48,20 +47,67 @@ CUT = 0.1  # share of an image that a bucket may cut off unremarked
 class Look:
     """What was seen of a picture.
 
-    sharp: see BLURRED, None where nothing in it has any contrast; hash: 64-bit difference hash; colours: 8 x 8 x RGB, 0 to 255;
-    transparent, animated: whether it is; mode: Pillow's mode in the file, as CMYK.
+    width, height: upright, in pixels; sharp: see BLURRED, None where nothing in it has any contrast; hash: 64-bit difference hash;
+    colours: 8 x 8 x RGB, 0 to 255; bars: share of the picture that is a border without a picture, see `bars`; transparent, animated:
+    whether it is; mode: Pillow's mode in the file, as CMYK.
     """
 
+    width: int
+    height: int
     sharp: float | None
     hash: int
     colours: bytes
+    bars: float
     transparent: bool
     animated: bool
     mode: str
 
 
 _looks: dict[str, Look] = {}
-_huge = threading.Lock()
+
+
+class Seeing:
+    """Looks at pictures while trainer.data.scan.inspect decodes them (its Eyes), and keeps what it sees in `cache`."""
+
+    least = SHARP_SIDE
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+
+    def knows(self, digest: str) -> tuple[int, int] | None:
+        look = _kept(digest, self.cache)
+        return (look.width, look.height) if look else None
+
+    def see(self, digest: str, image: PIL.Image.Image, size: tuple[int, int]) -> None:
+        found = _see(digest, image, size, self.cache)
+        kept = asdict(found) | {"colours": found.colours.hex(), "version": _VERSION}
+        _write(self.cache / "pictures" / f"{digest}.json", json.dumps(kept).encode())
+        _looks[digest] = found
+
+
+def inspect(path: Path, cache: Path) -> tuple[str, int, int] | str:
+    """trainer.data.scan.inspect of a picture, with a look at it where it was not seen before."""
+    return scan.inspect(path, Seeing(cache))
+
+
+def inspect_all(paths: Sequence[Path], cache: Path, tick: Callable[[], None] = lambda: None) -> list[tuple[str, int, int] | str]:
+    """trainer.data.scan.inspect of each picture, in threads, with a look at each that was not seen before.
+
+    `tick` is called after each; what it raises ends the work.
+    """
+
+    def one(path: Path) -> tuple[str, int, int] | str:
+        found = inspect(path, cache)
+        tick()
+        return found
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        work = [pool.submit(one, path) for path in paths]
+        try:
+            return [each.result() for each in work]
+        finally:
+            for each in work:
+                each.cancel()
 
 
 def look(path: Path, digest: str, cache: Path) -> Look:
@@ -69,25 +115,19 @@ def look(path: Path, digest: str, cache: Path) -> Look:
 
     Raises DAMAGED for a file that does not decode; trainer.data.scan.inspect has tried it before.
     """
-    if digest in _looks:
-        return _looks[digest]
-    kept = cache / "pictures" / f"{digest}.json"
-    try:
-        values = json.loads(kept.read_text(encoding="utf-8"))
-        if values.pop("version") == _VERSION:
-            _looks[digest] = Look(**values | {"colours": bytes.fromhex(values["colours"])})
-            used(kept)
-            return _looks[digest]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    found = _look(path, digest, cache)
-    _write(kept, json.dumps(asdict(found) | {"colours": found.colours.hex(), "version": _VERSION}).encode())
-    _looks[digest] = found
-    return found
+    if found := _kept(digest, cache):
+        return found
+    with PIL.Image.open(path, formats=FORMATS) as image, scan.alone_if(image.width * image.height):
+        width, height = image.size
+        shrink(image, Seeing.least)
+        image.load()
+        sideways = scan.turn(image) in scan.SIDEWAYS
+        Seeing(cache).see(digest, image, (height, width) if sideways else (width, height))
+    return _looks[digest]
 
 
 def look_all(pictures: Sequence[tuple[Path, str]], cache: Path) -> list[Look | None]:
-    """`look` at each (path, digest), in threads; None for a file that does not decode."""
+    """`look` at each (path, digest); None for a file that does not decode. Those that `inspect_all` saw cost nothing."""
 
     def one(picture: tuple[Path, str]) -> Look | None:
         try:
@@ -95,28 +135,37 @@ def look_all(pictures: Sequence[tuple[Path, str]], cache: Path) -> list[Look | N
         except DAMAGED:
             return None
 
-    if all(digest in _looks for _, digest in pictures):
-        return [_looks[digest] for _, digest in pictures]
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(one, pictures))
+    return [one(picture) for picture in pictures]
 
 
-def _look(path: Path, digest: str, cache: Path) -> Look:
-    with PIL.Image.open(path, formats=FORMATS) as image:
-        mode, animated, pixels = image.mode, getattr(image, "n_frames", 1) > 1, image.width * image.height
-        with _alone_if(pixels):
-            transparent = image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-    with _alone_if(pixels):
-        rgb = open_rgb(path, least=2 * SHARP_SIDE)
+def forget() -> None:
+    """Forget what stands in the cache as well, to read it anew."""
+    _looks.clear()
+
+
+def _kept(digest: str, cache: Path) -> Look | None:
+    if digest in _looks:
+        return _looks[digest]
+    kept = cache / "pictures" / f"{digest}.json"
+    try:
+        values = json.loads(kept.read_text(encoding="utf-8"))
+        if values.pop("version") != _VERSION:
+            return None
+        found = Look(**values | {"colours": bytes.fromhex(values["colours"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    used(kept)
+    return _looks.setdefault(digest, found)
+
+
+def _see(digest: str, image: PIL.Image.Image, size: tuple[int, int], cache: Path) -> Look:
+    mode, animated = image.mode, getattr(image, "n_frames", 1) > 1
+    transparent = image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    rgb = to_rgb(image)
     small = _fit(rgb, THUMB)
     _save(small, _picture(cache, digest, THUMB), THUMB)
-    return Look(sharpness(rgb), difference_hash(small), small.resize((8, 8), Resampling.BOX).tobytes(), transparent, animated, mode)
-
-
-@contextlib.contextmanager
-def _alone_if(pixels: int) -> Iterator[None]:
-    with _huge if pixels > _HUGE else contextlib.nullcontext():
-        yield
+    colours = small.resize((8, 8), Resampling.BOX).tobytes()
+    return Look(*size, sharpness(rgb), difference_hash(small), colours, bars(small), transparent, animated, mode)
 
 
 def sharpness(image: PIL.Image.Image) -> float | None:
@@ -139,18 +188,56 @@ def sharpness(image: PIL.Image.Image) -> float | None:
     return float(np.quantile(shares, 0.9)) if shares else None
 
 
+BAR, PLAIN, SHOWS = 0.03, 6, 0.6
+
+
+def bars(image: PIL.Image.Image) -> float:
+    """Share of an RGB picture that is two bars of one colour along opposite sides, as films and screenshots have; else 0.
+
+    A bar is at least BAR of the side wide, differs by at most PLAIN of 255 in itself and from the other one, and ends at once: SHOWS of
+    the line behind it is another colour. So a plain background around a subject is none, whose outline begins somewhere.
+    """
+    step = -(-max(image.size) // 160)  # as many pixels tell as much
+    whole = np.asarray(image)[::step, ::step].astype(np.int16)
+    return max(_bars(whole), _bars(whole.transpose(1, 0, 2)))
+
+
+def _bars(lines: np.ndarray) -> float:
+    """Of (lines, pixels, RGB): the share of the lines that the first and the last ones make as bars."""
+    n, colour = len(lines), np.median(lines[0], axis=0)
+    other = (np.abs(lines - colour).max(axis=2) > PLAIN).mean(axis=1)  # of each line, the share that has another colour
+    shows = np.flatnonzero(other > 0.02)
+    if not len(shows):
+        return 0.0
+    first, last = int(shows[0]), int(shows[-1])
+    behind = other[first : first + 3].max(), other[max(0, last - 2) : last + 1].max()  # an edge may be soft
+    wide = min(first, n - 1 - last) >= max(2, BAR * n)
+    return (first + n - 1 - last) / n if wide and min(behind) >= SHOWS else 0.0
+
+
 def difference_hash(image: PIL.Image.Image) -> int:
     """64 bits: whether each of 8 x 8 places is brighter than its right neighbour."""
     g = np.asarray(image.convert("L").resize((9, 8), Resampling.BOX), np.int16)
     return int.from_bytes(np.packbits(g[:, 1:] > g[:, :-1]).tobytes(), "big")
 
 
-def same(a: Look, b: Look) -> bool:
-    """Whether two pictures are nearly the same."""
-    if (a.hash ^ b.hash).bit_count() > NEAR:
-        return False
-    colours = np.frombuffer(a.colours, np.uint8).astype(np.int16) - np.frombuffer(b.colours, np.uint8)
-    return float(np.abs(colours).mean()) <= NEAR_COLOUR
+def twins(looks: Sequence[Look]) -> list[list[int]]:
+    """Groups of pictures that are nearly the same, by their indices; those that are like no other are in none."""
+    if len(looks) < 2:
+        return []
+    hashes = np.array([x.hash for x in looks], np.uint64)
+    colours = np.stack([np.frombuffer(x.colours, np.uint8) for x in looks]).astype(np.int16)
+    group = list(range(len(looks)))
+    for k in range(len(looks) - 1):
+        near = np.flatnonzero(np.bitwise_count(hashes[k + 1 :] ^ hashes[k]) <= NEAR) + k + 1
+        for other in near[np.abs(colours[near] - colours[k]).mean(axis=1) <= NEAR_COLOUR]:
+            old, new = group[other], group[k]
+            if old != new:
+                group = [new if g == old else g for g in group]
+    members: dict[int, list[int]] = {}
+    for k, g in enumerate(group):
+        members.setdefault(g, []).append(k)
+    return [m for m in members.values() if len(m) > 1]
 
 
 def badges(
@@ -175,10 +262,12 @@ def badges(
         add("duplicate", f"It is nearly the same picture as {twin}, which then counts twice. Remove one of them.")
     if max(width, height) > max_aspect * min(width, height):
         add(
-            "odd",
+            "long",
             f"Its sides are 1 to {max(width, height) / min(width, height):.1f}, and images are trained at 1 to {max_aspect:g} at most: "
             "much is cut off. Crop it to the part that matters.",
         )
+    if look and look.bars:
+        add("bars", f"{look.bars:.0%} of it are plain bars along two sides, which the LoRA learns too. Cut them off.")
     if look:
         if look.transparent:
             add("odd", "Parts of it are transparent; the background colour of the data set settings (white) is put behind them.")
@@ -249,7 +338,9 @@ def _picture(cache: Path, digest: str, side: int) -> Path:
 def _fit(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
     scale = min(1.0, side / max(image.size))
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    return image.resize(size, Resampling.LANCZOS, reducing_gap=3) if scale < 1 else image
+    return (
+        image.resize(size, Resampling.LANCZOS, reducing_gap=1.5) if scale < 1 else image
+    )  # a higher one shows no difference, and is slower
 
 
 def _save(image: PIL.Image.Image, target: Path, side: int) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from app import advice, datasets, forms, machine, models, settings
 from app import draft as drafts
-from app import forms, machine, models, settings
 from app.errors import Problem
 from app.paths import Home
 from app.runner import Runner
@@ -27,7 +27,8 @@ from trainer.data.scan import DataError
 from trainer.formats.probe import FormatError
 from trainer.run_dir import RunDir, write_json
 
-FEW, MANY, RUNS = 5, 200, 20
+RUNS = 20  # that are asked how fast they were
+PRIOR = 7 / 3  # how much longer a step with loss.prior_weight takes: the base says its own, and the adapter learns it (a backward is 2)
 TAIL = 65_536  # bytes read at the start and the end of a run's events
 ANOTHER_START = 20.0  # seconds that a run takes before and after its steps, where no measurement says more
 
@@ -105,10 +106,11 @@ def _read_speed(path: Path, when: float) -> Speed | None:
         mode = next((e["mode"] for e in reversed(events) if e["type"] == "memory"), "fast")
         facts = {k: config["train"][k] for k in ("dtype", "batch_size")} | {"text_1": config["part"]["text_1"]["train"], "memory": mode}
         model, family = config["model"]["source"], (started or {}).get("family", forms.families()[0])
+        slower = PRIOR if config.get("loss", {}).get("prior_weight") else 1
         if measured:
-            return Speed(model, family, measured["device"], measured["images_per_s"] * area, measured["memory_gib"], facts, True, when,
+            return Speed(model, family, measured["device"], measured["images_per_s"] * area * slower, measured["memory_gib"], facts, True, when,
                          measured.get("start_seconds", ANOTHER_START))  # fmt: skip
-        rates = [e["images_per_s"] for e in steps[1:] or steps]  # the first step warms up
+        rates = [e["images_per_s"] * slower for e in steps[1:] or steps]  # the first step warms up
         if not started or not rates or not area:
             return None
         first = steps[0]["time"] - started["time"] if steps else ANOTHER_START
@@ -216,36 +218,14 @@ class _Found:
         n = len(self.texts)
         if n == 0:
             self.say("error", "There are no images yet. Add 10 to 20 of what you want to train.", "images")
-        elif n < FEW:
-            self.say(
-                "warning", f"Only {n} image{'s' if n > 1 else ''}: the LoRA will know little but these. 10 to 20 are better.", "images"
-            )
-        elif n > MANY:
-            self.say(
-                "info",
-                f"{n} images: 10 to 20 good ones are often as good, and {n} take longer. Lower the visits if you keep them all.",
-                "images",
-            )
+        elif found := advice.number(n, self.draft["purpose"]):
+            self.say("warning" if found[0] == "few" else "info", found[1], "images")
 
     def captions(self) -> None:
+        trigger, class_word = self.draft["trigger"], self.draft["class_word"]
         missing = sum(not t for t in self.texts)
-        if not missing:
-            return
-        subject = " ".join(w for w in (self.draft["trigger"], self.draft["class_word"]) if w)
-        of = f"{missing} of {len(self.texts)} images" if missing < len(self.texts) else f"None of the {len(self.texts)} images"
-        verb = "have no caption" if missing < len(self.texts) else "has a caption"
-        if subject:
-            self.say(
-                "info" if missing < len(self.texts) else "warning",
-                f"{of} {verb} and will be called “{subject}”. Captions that say what else is there give a LoRA that can be steered.",
-                "captions",
-            )
-        else:
-            self.say(
-                "warning",
-                f"{of} {verb}, and there is no trigger or class word to stand in. Write captions, or let them be written.",
-                "captions",
-            )
+        if text := advice.uncaptioned(missing, len(self.texts), trigger, class_word):
+            self.say("info" if missing < len(self.texts) and (trigger or class_word) else "warning", text, "captions")
 
     def model_chosen(self) -> None:
         if self.model_error:
@@ -340,9 +320,16 @@ class _Found:
         """Images into buckets, by the trainer's own plan; one visit of each is laid out, and the steps of all are counted."""
         if self.config is None or not self.texts:
             return
+        try:  # so that their images are looked at once and for all, as those of the page are
+            for each in self.draft["sets"]:
+                datasets.open(self.home, each["dataset"]).looks()
+        except Problem:
+            self.say("error", "A further set of images is not there any more. Take it out.", "sets")
+            return
         try:
             native = models.resolution(self.model, self.config.model.prediction)
-            once = self.config.model_copy(update={"train": self.config.train.model_copy(update={"visits": 1})})
+            data = tuple(d.model_copy(update={"visits": None}) for d in self.config.data)
+            once = self.config.model_copy(update={"train": self.config.train.model_copy(update={"visits": 1}), "data": data})
             self.laid = plan.make(once, native, self.family)
         except DataError as error:
             for text in error.problems[:5]:
@@ -353,8 +340,11 @@ class _Found:
         except FormatError as error:
             self.say("error", str(error), "model")
             return
-        except ValueError as error:  # a bucket step above the resolution, or too fine
-            self.say("error", forms.in_words(str(error)), "dataset.bucket_step")
+        except ValueError as error:  # a bucket step above the resolution, or too fine; nothing to keep, or nothing left to train on
+            field = (
+                "class_word" if "class_word" in str(error) else "dataset.hold_out" if "hold_out" in str(error) else "dataset.bucket_step"
+            )
+            self.say("error", forms.in_words(str(error)), field)
             return
         self.answer["steps"] = plan.length(self.laid, self.config)
         self.answer["buckets"] = [[w, h, n] for (w, h), n in self.laid.buckets().items()]
@@ -390,8 +380,8 @@ class _Found:
         runs = [s for s in alike if not s.measured]
         if alike:
             speed, start = (measured.rate, measured.start) if measured else (median(s.rate for s in runs), median(s.start for s in runs))
-            pixels = sum(w * h * n for (w, h), n in buckets.items()) * config.train.visits
-            self.answer["minutes"] = round((pixels / speed + start) / 60, 1)
+            slower = PRIOR if config.loss.prior_weight else 1
+            self.answer["minutes"] = round((plan.pixels(laid, config) / speed * slower + start) / 60, 1)
             many = f"{len(runs)} earlier run{'s' if len(runs) > 1 else ''} on this machine"
             self.answer["minutes_from"] = "a measurement" if measured else many
 

@@ -25,15 +25,15 @@ from app.paths import ROOT, Home
 RUNS, JOBS, TAIL = 6, 4, 200_000  # how many of the newest run and job folders, and bytes of each file's end
 MOST_FILES = 5000  # looked at for captions and names
 VERSIONS = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "gradio", "fastapi", "starlette", "uvicorn", "pydantic",
-            "huggingface_hub", "pillow", "numpy", "psutil", "xformers", "bitsandbytes", "prodigyopt")  # fmt: skip
+            "huggingface_hub", "pillow", "numpy", "psutil", "onnxruntime", "xformers", "bitsandbytes", "prodigyopt")  # fmt: skip
 READ_ME = """A bug report of LoRA Atelier. Look through it before you send it: everything in it is plain text.
 Left out or blotted out: {out}. It holds no images, no passwords and no tokens.
 """
 PRIVATE = {  # keys of configurations and events, by what they hold
-    "captions": ("caption", "captions", "trigger", "class_word", "tags"),
+    "captions": ("caption", "captions", "trigger", "class_word", "tags", "blocked_tags", "blocked"),
     "prompts": ("prompt", "prompts", "negative", "negative_prompt"),
     "names": ("name", "title", "author", "description", "folder", "source", "file", "path", "images", "license", "words",
-              "lora_folder", "model_folders", "run_folders", "captioners", "sentences", "masker"),
+              "lora_folder", "model_folders", "run_folders", "captioners", "sentences", "only", "masker"),
 }  # fmt: skip
 KIND_OF = {key: kind for kind, keys in PRIVATE.items() for key in keys}
 FILES = r"png|jpe?g|webp|gif|bmp|tiff?|heic|avif|txt|caption|safetensors|ckpt|pt|pth|bin|zip|toml|csv"

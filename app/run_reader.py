@@ -378,6 +378,7 @@ class Run:
             "reasons": self.started.get("reasons", []),
             "buckets": self.started.get("buckets", []),
             "images": self.started.get("images", 0),
+            "data": self.atelier.get("data", []),
             "epoch": self.now.get("epoch", 0),
             "visits": self.length(),
             "visits_at_first": self.setting("train.visits"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.errors import Problem
 from app.paths import ROOT, Home
@@ -24,8 +24,11 @@ class Settings(BaseModel):
     run_folders: tuple[str, ...] = (str(ROOT / "runs"),)  # also listed on the runs page; command-line runs stand there
     theme: Literal["system", "light", "dark"] = "system"
     memory: Literal["auto", "low"] = "auto"  # low: gradient checkpointing on, batches cut into single images
-    sentences: str = "Salesforce/blip-image-captioning-large"  # hub id or folder of the captioner behind the button
+    sentences: str = ""  # hub id or folder of the captioner behind the button; empty: the first that is offered
     tags: str = ""
+    prompts: dict[str, Annotated[str, Field(max_length=4000)]] = {}  # what a captioner is told, by purpose; what is missing is its own
+    tag_probability: float = Field(0.35, ge=0.05, le=1)  # tags from this probability on are written
+    blocked_tags: str = ""  # tags that are never written, with commas between
     captioners: dict[str, Literal["sentences", "tags"]] = {}  # the button last used for each model file
     notify: bool = False  # browser notification at a run's end
     masker: str = "CIDAS/clipseg-rd64-refined"  # hub id or folder of the model that makes masks from words

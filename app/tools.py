@@ -89,7 +89,7 @@ def take(home: Home, runner: Runner, name: str, content: BinaryIO, size: int) ->
     id = uuid.uuid4().hex
     folder = _root(home) / id
     folder.mkdir(parents=True)
-    path = folder / intake.free_name(label[: -len(SUFFIX)] + SUFFIX, ())
+    path = folder / intake.free_name(label[: -len(SUFFIX)] + SUFFIX, intake.Taken())
     with path.open("xb") as out:
         shutil.copyfileobj(content, out, 2**20)
     return {"upload": id, "name": path.name, "bytes": path.stat().st_size}

@@ -28,6 +28,7 @@ FREE = (  # what the app may import of the trainer: none of it imports torch
     "trainer.data.captions",
     "trainer.data.images",
     "trainer.data.buckets",
+    "trainer.captioners",
 )
 SHARED = ("sources", "common", "unet", "clip", "prediction")  # of trainer/families: what families have in common
 TORCH_FREE = (*FREE, "trainer.randomness", "trainer.hardware", "trainer.families.sources")

@@ -289,11 +289,15 @@ def _end(outcome: str) -> int:
 def _caption(args: argparse.Namespace) -> int:
     from trainer.captioners import job
 
-    settings = {"source": args.source, "max_tokens": args.max_tokens, "batch": args.batch}
-    settings = {key: value for key, value in settings.items() if value is not None}
+    settings = {key: value for key in ("source", "max_tokens", "batch") if (value := getattr(args, key)) is not None}
+    for text in args.set:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set is {text!r}; it must be NAME=VALUE, like general=0.4.")
+        settings[name] = value
     folder = args.run_dir or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-caption"
-    more = {"only_missing": args.only_missing, "device": args.device}
-    outcome = job.caption(args.folder, folder, captioner=args.captioner, settings=settings, show=_tell, **more)
+    names = ("captioner", "only_missing", "add", "only", "purpose", "trigger", "class_word", "device")
+    outcome = job.caption(args.folder, folder, settings=settings, show=_tell, **{name: getattr(args, name) for name in names})
     print(f"Captions that were there before: {folder / 'backup'}" if (folder / "backup").exists() else "No caption was written over.")
     return _end(outcome)
 
@@ -396,9 +400,18 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("caption", help="write a caption beside each image of a folder")
     p.add_argument("folder", type=Path)
-    p.add_argument("--captioner", choices=("blip",), default="blip")
+    p.add_argument("--captioner", choices=("auto", "blip", "florence", "qwen", "wd"), default="auto", help="default: by --source, or blip")
     p.add_argument("--source", help="hub id or folder of the captioner's model (default: its own)")
-    p.add_argument("--only-missing", action="store_true", help="leave the images alone that have a caption")
+    p.add_argument(
+        "--purpose", choices=("character", "style", "object"), default="", help="what the LoRA is for, for captioners with a prompt"
+    )
+    p.add_argument("--class-word", default="", metavar="WORD", help="what the subject is called in captions: cat, woman, chair")
+    p.add_argument("--trigger", default="", metavar="WORD", help="goes first in each caption")
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the captioner, as its Config names it")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--only-missing", action="store_true", help="leave the images alone that have a caption")
+    which.add_argument("--add", action="store_true", help="write behind the caption that is there what it lacks")
+    p.add_argument("--only", action="append", default=[], metavar="FILE", help="this image of the folder alone; may be repeated")
     p.add_argument("--max-tokens", type=int, metavar="N", help="longest caption, in tokens")
     p.add_argument("--batch", type=int, metavar="N", help="images at once")
     p.add_argument("--device", default="auto")

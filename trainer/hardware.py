@@ -18,7 +18,19 @@ from typing import Any
 
 DTYPES = ("fp32", "bf16", "fp16")
 ATTENTIONS = ("sdpa", "xformers")
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "pillow", "xformers", "bitsandbytes", "prodigyopt")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "pillow",
+    "onnxruntime",
+    "xformers",
+    "bitsandbytes",
+    "prodigyopt",
+)
 GIB = 2**30
 CONTEXT = 0.5  # GiB that a process's CUDA context takes; measured on an H200
 

@@ -169,6 +169,12 @@ def length(laid: Plan, config: TrainConfig) -> int:
     )
 
 
+def pixels(laid: Plan, config: TrainConfig) -> int:
+    """How many pixels of images `config` trains on in all with the images of `laid`, each as often as it is seen."""
+    seen = _times(config, laid.images, laid.placements)
+    return sum(n * laid.placements[k].width * laid.placements[k].height for times in seen for k, n in times.items())
+
+
 class TooShort(ValueError):
     """A run's new length leaves nothing to do; the text names the shortest that does."""
 

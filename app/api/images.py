@@ -7,21 +7,23 @@ import secrets
 import threading
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
-from app import draft, intake, masks, models, pictures, settings
+from app import advice, draft, intake, masks, models, pictures, settings
 from app.api.draft import view
 from app.context import Context, of
 from app.datasets import Dataset
 from app.errors import Problem
 from app.paths import Home
+from trainer.captioners import CAPTIONERS, KNOWN, Known, kind_of, qwen
+from trainer.captioners.files import SourceError
 from trainer.data.scan import inspect
 from trainer.formats.probe import FormatError
 
@@ -30,10 +32,7 @@ router = APIRouter()
 BUSY = ("waiting", "starting", "running")
 CAPTIONING = "Caption "  # how the label of a captioning begins, which cannot be taken back while it writes
 NEW = "Start a new training"
-DOWNLOADS = {  # MB of what `trainer caption` fetches of a hub id
-    "Salesforce/blip-image-captioning-large": 1880,
-    "Salesforce/blip-image-captioning-base": 990,
-}
+STYLES = ("sentences", "tags")
 TAGGED = re.compile(r"illustrious|noob|pony|animagine|anything|anime|hassaku|wai[-_ ]?(nsfw|ill)|counterfeit|meina|abyssorange|nai", re.I)
 _one_at_a_time = threading.Lock()  # two tabs must not both start a captioning
 
@@ -58,9 +57,14 @@ class CaptionsBody(Body):
     ids: list[str] | None = None
 
 
+class IdsBody(Body):
+    ids: list[str]
+
+
 class CaptionBody(Body):
     style: Literal["sentences", "tags"]
-    which: Literal["all", "missing"] = "missing"
+    which: Literal["all", "missing", "add"] = "missing"
+    ids: Annotated[list[str], Field(min_length=1, max_length=200)] | None = None  # these alone, anew
 
 
 def current(home: Home) -> Dataset:
@@ -110,6 +114,47 @@ def listing(home: Home, data: Dataset, **more: Any) -> dict[str, Any]:
 def images(request: Request) -> dict[str, Any]:
     home = of(request).home
     return listing(home, current(home))
+
+
+@router.get("/images/advice")
+def get_advice(request: Request) -> dict[str, Any]:
+    home = of(request).home
+    data, kept = current(home), draft.load(home)
+    windows = draft.values(home, kept)[0]["dataset.text_windows"]
+    about = advice.About(
+        purpose=kept["purpose"],
+        trigger=kept["trigger"],
+        class_word=kept["class_word"],
+        style=_trained_on(home, kept),
+        windows=windows if windows in (1, 2, 3) else 3,
+        others=tuple(_other(home, each) for each in kept["sets"] if (home.datasets / each["dataset"]).is_dir()),
+    )
+    return {"advice": advice.advise(items(home, data), data.looks(), about)}
+
+
+def _other(home: Home, each: dict[str, Any]) -> advice.Other:
+    data = Dataset(home, each["dataset"])
+    return advice.Other(data.read()["name"] or "another set", each["trigger"], tuple(data.texts().values()))
+
+
+@router.get("/images/looking")
+def looking(request: Request) -> dict[str, Any]:
+    return {"looking": current(of(request).home).looking()}
+
+
+@router.post("/images/looking/cancel")
+def stop_looking(request: Request) -> dict[str, Any]:
+    data = current(of(request).home)
+    data.stop_looking()
+    return {"looking": data.looking()}
+
+
+@router.post("/images/remove")
+def remove(request: Request, body: IdsBody) -> dict[str, Any]:
+    home = of(request).home
+    data = current(home)
+    data.remove(body.ids)
+    return listing(home, data)
 
 
 @router.post("/images")
@@ -181,12 +226,43 @@ def _captioning(context: Context, data: Dataset) -> Path | None:
 @router.get("/captioners")
 def captioners(request: Request) -> dict[str, Any]:
     home = of(request).home
-    kept = settings.load(home)
-    source = kept.sentences.strip()
+    kept, now = settings.load(home), draft.load(home)
+    return {style: _about(home, kept, now, style) for style in STYLES} | {
+        "suits": suits(home, kept),
+        "known": {style: [_offer(k) for k in KNOWN if CAPTIONERS[k.kind].style == style] for style in STYLES},
+    }
+
+
+def source_of(home: Home, kept: settings.Settings, now: dict[str, Any], style: str) -> str:
+    """Hub id or folder of the captioner behind a button. The built-in example has one of its own, which knows drawn pictures alone."""
+    if style == "sentences" and draft.is_example(home, now):
+        return str(draft.EXAMPLE_CAPTIONER)
+    chosen = {"sentences": kept.sentences, "tags": kept.tags}[style].strip()
+    return chosen or next(k.source for k in KNOWN if CAPTIONERS[k.kind].style == style)
+
+
+def _about(home: Home, kept: settings.Settings, now: dict[str, Any], style: str) -> dict[str, Any]:
+    source = source_of(home, kept, now, style)
     there, size, note = _there(source)
-    sentences = {"source": source, "size_mb": size, "there": there, "ready": bool(source), "note": note}
-    later = {"source": kept.tags, "size_mb": None, "there": False, "ready": False, "note": "comes in a later version"}
-    return {"sentences": sentences, "tags": later, "suits": suits(home, kept)}
+    known = next((k for k in KNOWN if k.source == source), None)
+    about = {"source": source, "size_mb": size, "there": there, "note": note, "built_in": source == str(draft.EXAMPLE_CAPTIONER)}
+    named = Path(source).name if Path(source).expanduser().is_dir() else source
+    about |= {"title": known.title if known else named, "licence": known.licence if known else "", "prompt": None, "own_prompt": ""}
+    if _kind(source) == "qwen":
+        own = qwen.Config(purpose=now["purpose"], class_word=now["class_word"])
+        about |= {"prompt": qwen.prompt_of(own), "own_prompt": kept.prompts.get(now["purpose"], "")}
+    return about
+
+
+def _offer(known: Known) -> dict[str, Any]:
+    return {
+        "source": known.source,
+        "title": known.title,
+        "why": known.why,
+        "licence": known.licence,
+        "size_mb": known.mb,
+        "there": _there(known.source)[0],
+    }
 
 
 def suits(home: Home, kept: settings.Settings) -> str:
@@ -195,25 +271,50 @@ def suits(home: Home, kept: settings.Settings) -> str:
     return kept.captioners.get(model) or ("tags" if TAGGED.search(Path(model).name) else "sentences")
 
 
-def _there(source: str) -> tuple[bool, int | None, str]:
-    """(whether a captioner is on this machine, MB of its first download or None, a sentence or "")."""
+def _trained_on(home: Home, kept: dict[str, Any]) -> str:
+    """The style of captions that the chosen model knows, "" where it is not known or both are fine, as with the children of SD 1 and 2."""
+    if not kept["model"] or kept["example"]:
+        return ""
+    style = suits(home, settings.load(home))
+    return style if style == "tags" or (draft.family(home, kept) in ("sdxl", "sd3") and not draft.variant(home, kept)) else ""
+
+
+def _cached(source: str, name: str) -> Path | None:
+    """A file of a hub id in the hub's cache. Raises HFValidationError for what is no hub id."""
     from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _kind(source: str) -> str:
+    """Which captioner a source is for, as far as can be told without the network; "" where it can't."""
     from huggingface_hub.errors import HFValidationError
 
-    if not source:
-        return False, None, "No captioner is set; name one under Settings."
+    folder = Path(source).expanduser()
+    try:
+        if not folder.is_dir() and not any(k.source == source for k in KNOWN):
+            file = _cached(source, "config.json")
+            return kind_of(str(file.parent), "") if file else ""
+        return kind_of(source, "")
+    except (HFValidationError, SourceError):  # it is said when captions are asked for
+        return ""
+
+
+def _there(source: str) -> tuple[bool, int | None, str]:
+    """(whether a captioner is on this machine, MB of its first download or None, a sentence or "")."""
+    from huggingface_hub.errors import HFValidationError
+
     if Path(source).expanduser().is_dir():
         return True, 0, ""
     try:
-        names = ("model.safetensors", "pytorch_model.bin")
-        there = isinstance(try_to_load_from_cache(source, "config.json"), str) and any(
-            isinstance(try_to_load_from_cache(source, name), str) for name in names
-        )
+        names = ("model.safetensors", "model.safetensors.index.json", "model.onnx")
+        there = any(_cached(source, name) for name in names)
     except HFValidationError:
         return False, None, f"{source} is neither a folder of this machine nor a hub id like owner/name. Change it under Settings."
     if there:
         return True, 0, ""
-    size = DOWNLOADS.get(source)
+    size = next((k.mb for k in KNOWN if k.source == source), None)
     return False, size, "" if size else "The size of its first download is not known; it is said before it begins."
 
 
@@ -221,30 +322,43 @@ def _there(source: str) -> tuple[bool, int | None, str]:
 def caption(request: Request, body: CaptionBody) -> dict[str, Any]:
     context = of(request)
     home = context.home
-    if body.style == "tags":
-        raise Problem("Captions of tags come in a later version. Use Sentences, or write them by hand.", 409)
     with _one_at_a_time:
         data = current(home)
         if _captioning(context, data):
             raise Problem("The captions are being written already. Wait until that ends, or cancel it.", 409)
-        count = data.missing() if body.which == "missing" else data.count()
+        only = [data.find(id).name for id in dict.fromkeys(body.ids or ())]
+        count = len(only) or (data.missing() if body.which == "missing" else data.count())
         if not count:
             raise Problem("Every image has a caption already." if data.count() else "There are no images yet. Add some first.", 409)
-        kept = settings.load(home)
-        if not kept.sentences.strip():
-            raise Problem("No captioner is set for sentences. Name one under Settings.", 409)
+        kept, now = settings.load(home), draft.load(home)
         folder = home.jobs / f"{time.strftime('%Y%m%d-%H%M%S')}-caption-{secrets.token_hex(3)}"
-        words = ["caption", str(data.images), "--captioner", "blip", "--source", kept.sentences.strip(), "--run-dir", str(folder)]
-        data.checkpoint(f"{CAPTIONING}{count} image{'' if count == 1 else 's'}")
+        words = ["caption", str(data.images), *_words(home, kept, now, body.style), "--run-dir", str(folder)]
+        words += {"missing": [] if only else ["--only-missing"], "add": ["--add"], "all": []}[body.which]
+        words += [f"--only={name}" for name in only]
+        data.checkpoint(f"{CAPTIONING}{only[0] if count == len(only) == 1 else f'{count} image' if count == 1 else f'{count} images'}")
         try:
-            context.runner.submit("caption", folder, words + (["--only-missing"] if body.which == "missing" else []))
+            context.runner.submit("caption", folder, words)
         except Problem:
             data.undo()
             raise
         data.set_caption_job(folder, body.style)
-        if model := draft.load(home)["model"]:
-            settings.save(home, {"captioners": kept.captioners | {model: body.style}})
+        if now["model"]:
+            settings.save(home, {"captioners": kept.captioners | {now["model"]: body.style}})
         return view(request)
+
+
+def _words(home: Home, kept: settings.Settings, now: dict[str, Any], style: str) -> list[str]:
+    """What the trainer is told of a captioner, from the settings and the draft."""
+    source = source_of(home, kept, now, style)
+    words = ["--captioner", "wd" if style == "tags" else "auto", "--source", source]
+    words += [f"--{name.replace('_', '-')}={now[name]}" for name in ("purpose", "class_word", "trigger") if now[name]]
+    if style == "tags":
+        words += [f"--set=general={kept.tag_probability:g}", f"--set=blocked={kept.blocked_tags}"]
+        if draft.values(home, now)[0].get("dataset.prompt_weights") is True:  # brackets would be read as weights
+            words.append("--set=escape=true")
+    elif (prompt := kept.prompts.get(now["purpose"], "").strip()) and _kind(source) == "qwen":
+        words.append(f"--set=prompt={prompt}")
+    return words
 
 
 @router.post("/images/caption/cancel")

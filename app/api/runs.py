@@ -17,9 +17,10 @@ from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app import datasets, draft, forms, models, preflight, run_reader, settings
+from app import datasets, draft, exchange, forms, models, preflight, run_reader, settings
 from app.context import Context, of
 from app.errors import Problem
+from app.paths import Home
 from app.run_reader import Run
 from app.runner import LIVE, Look
 from trainer.config import TrainConfig
@@ -222,15 +223,19 @@ def _from_draft(context: Context) -> Run:
     model, _ = models.glance(home, wanted["model"], wanted["example"])
     about = {"purpose": wanted["purpose"], "preset": wanted["preset"], "model_title": model["name"] if model else "", "from": "draft"}
     about["family"] = draft.family(home, wanted)
-    return make(
-        context, config, about | {"steps": plan["steps"]}, lambda config, folder: _snapshot(home, wanted["dataset"], config, folder)
-    )
+    about |= {"steps": plan["steps"], "data": []}
+    sets = [wanted["dataset"], *(each["dataset"] for each in wanted["sets"])]
+    return make(context, config, about, lambda config, folder: _snapshot(home, sets, config, folder, about["data"]))
 
 
-def _snapshot(home: Any, dataset: str, config: TrainConfig, folder: Path) -> dict[str, Any]:
-    datasets.open(home, dataset).snapshot(folder / "data")
+def _snapshot(home: Home, sets: list[str], config: TrainConfig, folder: Path, stamps: list[dict[str, Any]]) -> dict[str, Any]:
+    """The settings with folders of the run's own, which get the images of the data sets; `stamps` is told what exactly they hold."""
     values = config.model_dump(mode="json")
-    values["data"] = [values["data"][0] | {"folder": str(folder / "data")}, *values["data"][1:]]
+    for k, (id, entry) in enumerate(zip(sets, values["data"], strict=True), 1):
+        data, target = datasets.open(home, id), folder / ("data" if k == 1 else f"data-{k}")
+        data.snapshot(target)
+        entry["folder"] = str(target)
+        stamps.append(exchange.stamp(data, target) | {"kind": entry["kind"]})
     return values
 
 

@@ -1,12 +1,19 @@
 // Section 4: captions, written by a captioner or by hand, one or many at a time.
-import { ask, attempt, button, field, fill, get, h, plural, post, toast } from "/static/core.js";
+import { api, ask, attempt, button, field, fill, get, h, plural, post, toast } from "/static/core.js";
 import { keyed, undo } from "/static/draft.js";
 import { cropped } from "/static/crop.js";
 import { enlarge } from "/static/images.js";
 
 const FEW = 12;
 const MOST_TOKENS = 75;  // what one chunk of CLIP reads; the rest is read in a second one, with less effect
+const BUILT_IN = "Written in seconds by a small captioner that comes with this example: it knows nothing but drawn pictures, and nothing is downloaded.";
 const BUSY = ["waiting", "starting", "running"];
+const COMMON = 0.8;  // a tag in this share of the captions goes with the subject more than with the picture
+const RECIPES = {  // what to write, and why, in a sentence
+  character: (it) => `Name pose, clothes, surroundings and light, but not ${it} own looks: what captions leave out goes into the trigger word, what they name stays changeable.`,
+  style: () => "Name what is to be seen, but not how it is made: what captions leave out becomes the style, what they name stays changeable.",
+  object: (it) => `Name what is around it, where and in which light, but not ${it} own shape and colours: what captions leave out goes into the trigger word, what they name stays changeable.`,
+};
 const ACTIONS = [
   ["trigger_first", "Put the trigger word first", null, null],
   ["replace", "Find and replace", "Find", "Replace with"],
@@ -31,35 +38,61 @@ export function captionsSection(page) {
     const face = h("button", { type: "button", class: "nl-captioner", id: "caption-" + style, on: { click: () => begin(style) } }, h("span", { class: "nl-captioner-title" }, h("b", {}, title), badge), note);
     two[style] = { face, badge, note, what };
   }
+  const choice = () => [draft.view.model?.source, draft.view.draft.purpose, draft.view.draft.class_word, ...(draft.view.draft.example ? present().map((i) => i.id) : [])].join("\n");  // what the captioners hang on
   async function readCaptioners() {
-    asked = draft.view.model?.source ?? "";
+    asked = choice();
     captioners = (await attempt(() => get("/captioners"))) ?? captioners;
     if (!captioners) return;
     for (const style of ["sentences", "tags"]) {
-      const { face, badge, note, what } = two[style], c = captioners[style];
+      const { badge, note, what } = two[style], c = captioners[style];
       badge.hidden = captioners.suits !== style || !draft.view.model;
-      face.dataset.ready = c.ready;
-      note.textContent = c.ready ? what + (c.there ? "" : c.size_mb ? `. First use downloads ${size(c.size_mb)}.` : "") : `${what}. Not there yet: ${c.note || "comes in a later version"}.`.replace("..", ".");
+      note.textContent = c.built_in ? BUILT_IN : what + `. By ${c.title}` + (c.there ? "." : c.size_mb ? `; first use downloads ${size(c.size_mb)}.` : `. ${c.note}`);
     }
+    drawPrompt();
   }
-  async function begin(style) {
+  /** Have captions written: for all pictures, or for the one of `image`. */
+  async function begin(style, image = null) {
     const c = captioners?.[style];
     if (!c) return readCaptioners();
-    says.hidden = c.ready;
-    const why = (c.note || "comes in a later version").replace(/\.$/, "").replace(/^comes/, "it comes");
-    if (!c.ready) return void (says.textContent = style === "tags" ? `There is no captioner for tags yet: ${why}. Use Sentences, or write tags by hand.` : `Sentences cannot be written: ${why}.`);
     const images = present(), none = images.filter((i) => !i.has_caption).length, some = images.length - none;
-    if (!images.length) return void ((says.hidden = false), (says.textContent = "Add pictures first; then captions can be written for them."));
-    let which = none ? "missing" : "all";
-    if (!c.there || some) {
+    says.hidden = images.length > 0;
+    if (!images.length) return void (says.textContent = "Add pictures first; then captions can be written for them.");
+    let which = image ? "all" : none ? "missing" : "all";
+    if (!c.there || (some && !image)) {
       const text = [];
-      if (!c.there) text.push(h("p", {}, `This uses the captioner ${c.source}. It is downloaded once from huggingface.co${c.size_mb ? `: ${size(c.size_mb)}` : " (how large it is, is not known here)"}. Your pictures stay on this computer.`));
-      if (some) text.push(h("p", {}, `${some === images.length ? "All" : some} of your ${plural(images.length, "picture")} have a caption. If they are written anew, a backup is kept and Undo brings them back.`));
-      which = await ask(!c.there ? `Download ${c.size_mb ? size(c.size_mb) : "the captioner"} and write captions?` : "Write which captions?", text,
-        [["Cancel", null, "quiet"], some ? ["All, anew", "all", none ? "" : "primary"] : null, none ? [some ? `Only the ${none} without` : c.there ? "Write captions" : "Download and write", "missing", "primary"] : null].filter(Boolean));
+      if (!c.there) text.push(h("p", {}, `This uses the captioner ${c.source}${c.licence && ` (licence: ${c.licence})`}. It is downloaded once from huggingface.co${c.size_mb ? `: ${size(c.size_mb)}` : " (how large it is, is said before it begins)"}. Your pictures stay on this computer.`));
+      if (some && !image) text.push(h("p", {}, `${some === images.length ? "All" : some} of your ${plural(images.length, "picture")} have a caption. Add to them keeps what is there and writes ${style} behind it. Whatever you choose, a backup is kept and Undo brings it back.`));
+      const start = c.there ? "Write captions" : "Download and write";
+      which = await ask(!c.there ? `Download ${c.size_mb ? size(c.size_mb) : "the captioner"} and write ${image ? "this caption" : "captions"}?` : "Write which captions?", text,
+        [["Cancel", null, "quiet"], ...(image ? [[start, "all", "primary"]] : [
+          some && ["Replace all", "all"], some && ["Add to them", "add", none ? "" : "primary"], none && [some ? `Only the ${none} without` : start, "missing", "primary"]])].filter(Boolean));
       if (!which) return;
     }
-    await attempt(() => draft.change(() => post("/images/caption", { style, which })));
+    const begun = await attempt(() => draft.change(() => post("/images/caption", { style, which, ...(image && { ids: [image.id] }) })));
+    if (begun && image) toast(`The caption of ${image.name} is being written anew.`);
+  }
+
+  // What captions should say, and what a captioner is told that can be told
+
+  const recipe = h("p", { class: "la-lead", id: "caption-recipe" });
+  const told = field("Prompt", h("textarea", { rows: 5, id: "caption-prompt", maxLength: 4000 }), { help: "{subject} becomes the class word. Saved for this purpose when you leave the field." });
+  const own = button("Back to its own words", () => savePrompt(""), { kind: "link" });
+  own.classList.add("la-small");
+  const prompt = h("details", { class: "nl-tagbox", id: "prompt-box", hidden: true }, h("summary", {}, "What the captioner is told"), h("div", { class: "la-stack" }, told.node, own));
+  told.control.addEventListener("change", () => savePrompt(told.control.value.trim()));
+  function drawPrompt() {
+    const c = captioners?.sentences, { purpose } = draft.view.draft;
+    recipe.replaceChildren("One caption for each picture. ", RECIPES[purpose](draft.value("trigger") ? draft.value("trigger") + "’s" : "its"), " ", h("a", { href: "/help/captions.md" }, "More on captions"));
+    prompt.hidden = !c || c.prompt === null;
+    if (prompt.hidden) return;
+    if (document.activeElement !== told.control) told.control.value = c.own_prompt || c.prompt;
+    own.hidden = !c.own_prompt;
+  }
+  async function savePrompt(text) {
+    const { purpose } = draft.view.draft;
+    const { prompts } = await get("/settings");
+    await attempt(() => api("PATCH", "/settings", { prompts: { ...prompts, [purpose]: text === captioners.sentences.prompt ? "" : text } }));
+    await readCaptioners();
   }
 
   const bar = h("div", {}), jobText = h("span", { class: "la-small", role: "status", id: "caption-status" });
@@ -140,6 +173,43 @@ export function captionsSection(page) {
     tagLine.dataset.shown = tag;
   }
 
+  // Tags that nearly every caption has
+
+  const kept = () => new Set(JSON.parse(localStorage.getItem("la-kept-tags:" + draft.images.folder) || "[]"));
+  const commonList = h("ul", { class: "nl-common-list" }), commonWhy = h("p", { class: "la-small la-soft" });
+  const leaveAll = button("Leave all of them out", () => bulk("remove_tag", commonTags().map(([t]) => t).join(", "), null));
+  const keepAll = button("Keep all", () => keep(commonTags().map(([t]) => t)), { kind: "quiet" });
+  for (const b of [leaveAll, keepAll]) b.classList.add("la-btn-small");
+  const common = h("section", { class: "la-note nl-common", id: "common-tags", "aria-labelledby": "common-title", hidden: true },
+    h("h3", { class: "la-h3", id: "common-title" }), commonWhy, commonList, h("div", { class: "la-row" }, leaveAll, keepAll));
+  function commonTags() {
+    const captioned = present().filter((i) => i.has_caption).length, gone = kept(), trigger = (draft.value("trigger") || "").toLowerCase();
+    return captioned < 3 ? [] : draft.images.tags.filter(([t, n]) => n >= COMMON * captioned && t.toLowerCase() !== trigger && !gone.has(t.toLowerCase()));
+  }
+  function keep(tags) {
+    const before = [...kept()], save = (list) => { localStorage.setItem("la-kept-tags:" + draft.images.folder, JSON.stringify(list)); draw(); };
+    save([...before, ...tags.map((t) => t.toLowerCase())]);
+    toast(tags.length === 1 ? `“${tags[0]}” is kept.` : `${tags.length} tags are kept.`, "", ["Undo", () => save(before)]);
+  }
+  function drawCommon() {
+    const list = commonTags(), trigger = draft.value("trigger");
+    common.hidden = !list.length;
+    if (!list.length) return;
+    common.querySelector("h3").textContent = list.length === 1 ? "One tag is in nearly every caption" : `${list.length} tags are in nearly every caption`;
+    const whole = draft.value("purpose") === "style" ? "the style" : trigger || "the subject";
+    commonWhy.textContent = `Left out, a tag becomes part of ${whole}, and no word is needed for it; kept, it stays something that you can ask for or not.`;
+    leaveAll.hidden = keepAll.hidden = list.length === 1;
+    keyed(commonList, list.map(([id, n]) => ({ id, n })), (first) => {
+      const count = h("span", { class: "nl-tag-count la-num" });
+      const node = h("li", {}, h("span", { class: "nl-common-tag" }, h("b", {}, first.id), " ", count),
+        button("Leave out", () => bulk("remove_tag", first.id, null), { kind: "link", "aria-label": `Leave out ${first.id}` }),
+        button("Keep", () => keep([first.id]), { kind: "link", "aria-label": `Keep ${first.id}` }));
+      for (const b of node.querySelectorAll("button")) b.classList.add("nl-small-link");
+      node.update = (t) => { count.textContent = `${t.n} of ${present().filter((i) => i.has_caption).length}`; };
+      return node;
+    });
+  }
+
   // One by one
 
   const count = h("p", { class: "la-small", role: "status", id: "caption-count" });
@@ -172,8 +242,11 @@ export function captionsSection(page) {
       keydown(e) { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); next(node, e.shiftKey); } },
     } });
     const name = h("span", { class: "nl-name" }), tokens = h("span", { class: "nl-tokens la-num" }), saved = h("span", { class: "nl-state" });
-    const node = h("li", { class: "nl-caption", data: { caption: first.id } }, open, h("div", { class: "nl-caption-text" }, h("label", { class: "nl-name", htmlFor: area.id }, name), area, h("div", { class: "nl-caption-foot" }, tokens, saved)));
+    const anew = button("Write anew", () => begin(draft.view.caption_job?.style ?? captioners?.suits ?? "sentences", image), { kind: "link" });
+    anew.classList.add("nl-small-link");
+    const node = h("li", { class: "nl-caption", data: { caption: first.id } }, open, h("div", { class: "nl-caption-text" }, h("label", { class: "nl-name", htmlFor: area.id }, name), area, h("div", { class: "nl-caption-foot" }, tokens, h("span", { class: "la-row" }, saved, anew))));
     const state = (word) => { saved.textContent = word; clearTimeout(timer); if (word) timer = setTimeout(() => { saved.textContent = ""; }, 2500); };
+    node.again = () => { anew.disabled = BUSY.includes(draft.view.caption_job?.state); };
     node.saved = () => { if (!draft.unsavedCaption(image.id)) state("Saved"); };
     node.update = (now) => {
       image = now;
@@ -184,6 +257,8 @@ export function captionsSection(page) {
       name.textContent = now.name;
       area.setAttribute("aria-label", "Caption of " + now.name);
       open.setAttribute("aria-label", "Enlarge " + now.name);
+      anew.setAttribute("aria-label", "Write anew: the caption of " + now.name);
+      node.again();
       const value = draft.captionOf(now);
       if (!draft.unsavedCaption(now.id) && area.value !== value && (document.activeElement !== area || area.dataset.was === area.value)) area.value = value;
       else if (document.activeElement !== area && area.value !== value) area.value = value;
@@ -208,6 +283,7 @@ export function captionsSection(page) {
     const images = present(), none = images.filter((i) => !i.has_caption).length;
     if (!none) bare = false;
     drawTags();
+    drawCommon();
     const some = wanted();
     nothing.hidden = images.length > 0;
     tools.hidden = !images.length;
@@ -223,21 +299,24 @@ export function captionsSection(page) {
     drawBulk();
   }
 
-  const tools = h("div", { class: "la-stack nl-caption-tools" }, bulkLine, tags, tagLine, h("div", { class: "la-row la-between" }, count, filter), list, more, h("div", { class: "la-row la-between" }, keys, beside));
+  const tools = h("div", { class: "la-stack nl-caption-tools" }, common, bulkLine, tags, tagLine, h("div", { class: "la-row la-between" }, count, filter), list, more, h("div", { class: "la-row la-between" }, keys, beside));
   page.places.captions = () => {
     const area = list.querySelector("textarea") ?? two.sentences.face;
     const empty = [...list.querySelectorAll("textarea")].find((a) => !a.value) ?? area;
     empty.scrollIntoView({ block: "center" });
     empty.focus();
   };
-  draft.on("images", draw);
+  draft.on("images", () => { draw(); if (draft.view.draft.example && choice() !== asked) readCaptioners(); });
   draft.on("captions", (id) => { list.querySelector(`[data-caption="${CSS.escape(id)}"]`)?.saved(); draw(); });
   draft.on("view", (view) => {
     drawJob(view.caption_job);
     drawBulk();
-    if ((view.model?.source ?? "") !== asked || (view.caption_job?.state === "finished" && captioners && !captioners[view.caption_job.style]?.there)) readCaptioners();
+    drawPrompt();
+    drawCommon();
+    for (const node of list.children) node.again();
+    if (choice() !== asked || (view.caption_job?.state === "finished" && captioners && !captioners[view.caption_job.style]?.there)) readCaptioners();
   });
-  return [h("div", { class: "nl-captioners" }, two.sentences.face, two.tags.face), says, job, nothing, tools];
+  return [recipe, h("div", { class: "nl-captioners" }, two.sentences.face, two.tags.face), prompt, says, job, nothing, tools];
 }
 
 const size = (mb) => (mb >= 1000 ? (mb / 1000).toFixed(1) + " GB" : Math.round(mb) + " MB");

@@ -2,16 +2,18 @@
 import { attempt, button, api, field, fill, h, lightbox, plural, post, Refused, toast } from "/static/core.js";
 import { cropped, draggable, editor, mover } from "/static/crop.js";
 import { keyed, undo } from "/static/draft.js";
-import { chosen, dropped, sorted, upload } from "/static/intake.js";
+import { adviceList } from "/static/advice.js";
+import { chooser, furtherSets } from "/static/datasets.js";
+import { chosen, dropped, looking, sorted, upload } from "/static/intake.js";
 import { masksPanel } from "/static/masks.js";
 
 const FEW = 24;  // cards shown at first: Start must not be pushed out of reach by 300 pictures
-const SHORT = { small: "small", blurred: "blurred", duplicate: "duplicate", odd: "odd", crop: "cut off" };
-const ACCEPT = "image/*,.txt,.caption,.zip";
+const SHORT = { small: "small", blurred: "blurred", duplicate: "duplicate", bars: "bars", long: "long", odd: "odd", crop: "cut off" };
+const ACCEPT = "image/*,.txt,.caption,.jsonl,.csv,.tsv,.json,.zip";
 
 export function imagesSection(page) {
   const { draft } = page;
-  let all = false, noted = false;
+  let all = false, noted = false, only = null;  // only: the ids that an advice is about
   const shown = () => draft.images.images.filter((i) => !i.removed);
 
   // Coming in
@@ -35,23 +37,38 @@ export function imagesSection(page) {
     const { take, problems: left } = sorted(list);
     tell(left);
     if (!take.length) return;
-    const show = (share) => {
-      bar.style.width = 100 * share + "%";
-      progress.firstChild.setAttribute("aria-valuenow", Math.round(100 * share));
-      progressText.textContent = share < 1 ? `Uploading ${plural(take.length, "file")}: ${Math.round(100 * share)} %` : "Looking at the pictures …";
-    };
-    show(0);
-    progress.hidden = false;
+    let end = () => {};
+    const sent = upload(take, (share) => {
+      if (share < 1) return meter(share, `Uploading ${plural(take.length, "file")}: ${Math.round(100 * share)} %`);
+      end();
+      end = look();
+    });
+    going = sent;
+    meter(0, `Uploading ${plural(take.length, "file")} …`);
     try {
-      going = upload(take, show);
-      took(await draft.changeImages(() => going.done), left);
+      took(await draft.changeImages(() => sent.done), left);
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       tell([...left, error.message]);
     } finally {
-      going = null;
-      progress.hidden = true;
+      end();
+      done();
     }
+  }
+  function meter(share, text) {
+    progress.hidden = false;
+    bar.style.width = 100 * share + "%";
+    progress.firstChild.setAttribute("aria-valuenow", Math.round(100 * share));
+    progressText.textContent = text;
+  }
+  function look() {  // what came is looked at on the server, which takes a while for many large pictures
+    going = { cancel: () => attempt(() => post("/images/looking/cancel")) };
+    meter(0, "Looking at the pictures …");
+    return looking((now) => meter(now.done / now.total, `Looking at the pictures: ${now.done} of ${now.total}`));
+  }
+  function done() {
+    going = null;
+    progress.hidden = true;
   }
   function took(answer, left = []) {
     tell([...left, ...(answer.problems || [])]);
@@ -89,6 +106,8 @@ export function imagesSection(page) {
 
   const path = field("Folder on this computer", h("input", { type: "text", id: "folder-path", spellcheck: false, placeholder: "/home/me/pictures/cat or C:\\pictures\\cat" }), { help: "The pictures are used where they are; nothing is copied or changed. Quotes around the path are fine." });
   const useFolder = async () => {
+    if (going) return void toast("Wait until the upload that runs has ended.");
+    const end = look();
     try {
       const answer = await draft.changeImages(() => post("/images/folder", { path: path.control.value }));
       path.error("");
@@ -98,6 +117,9 @@ export function imagesSection(page) {
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       path.error(error.message);
+    } finally {
+      end();
+      done();
     }
   };
   path.control.addEventListener("keydown", (e) => { if (e.key === "Enter") { e.preventDefault(); useFolder(); } });
@@ -110,7 +132,7 @@ export function imagesSection(page) {
   // What is there
 
   const count = h("p", { class: "la-small nl-count", role: "status", id: "image-count" });
-  const filter = button("", () => { noted = !noted; draw(); }, { kind: "quiet", id: "only-noted" });
+  const filter = button("", () => { noted = !noted && !only; only = null; draw(); }, { kind: "quiet", id: "only-noted" });
   filter.classList.add("la-btn-small");
   const back = button("Undo", () => undo(draft), { kind: "quiet", id: "undo", title: "Ctrl+Z" });
   back.classList.add("la-btn-small");
@@ -122,6 +144,7 @@ export function imagesSection(page) {
     const images = shown(), notes = images.filter((i) => i.badges.length);
     const empty = !images.length;
     if (!notes.length) noted = false;
+    if (only && !images.some((i) => only.includes(i.id))) only = null;
     drop.classList.toggle("nl-drop-small", !empty);
     dropTitle.textContent = empty ? "Drop your pictures here" : "Add more pictures";
     dropHelp.textContent = empty ? "Images, a folder or a zip; captions in .txt files beside them are taken along. Or click to choose." : "Drop them anywhere on this page, or click to choose.";
@@ -130,12 +153,12 @@ export function imagesSection(page) {
     const captioned = images.filter((i) => i.has_caption).length;
     count.textContent = empty ? "No images." : plural(images.length, "image") + (captioned ? `, ${captioned === images.length ? "all" : captioned} with a caption` : ", no captions yet") + (images.some((i) => i.linked) ? ", used in place" : "") + ".";
     count.dataset.images = images.length;
-    filter.hidden = !notes.length;
-    filter.textContent = noted ? "Show all" : `Show the ${notes.length} with notes`;
-    filter.setAttribute("aria-pressed", String(noted));
+    filter.hidden = !notes.length && !only;
+    filter.textContent = noted || only ? "Show all" : `Show the ${notes.length} with notes`;
+    filter.setAttribute("aria-pressed", String(noted || Boolean(only)));
     back.hidden = !draft.images.undo;
     back.textContent = "Undo: " + draft.images.undo.charAt(0).toLowerCase() + draft.images.undo.slice(1);
-    const wanted = noted ? notes : images;
+    const wanted = only ? images.filter((i) => only.includes(i.id)) : noted ? notes : images;
     keyed(grid, all || wanted.length <= FEW * 1.5 ? wanted : wanted.slice(0, FEW), card);
     grid.hidden = empty;
     grid.classList.toggle("nl-noted", noted);
@@ -187,9 +210,15 @@ export function imagesSection(page) {
     toast(image.name + " removed.", "", ["Undo", () => undo(draft)]);
   }
 
+  page.showImages = (ids) => {
+    [only, noted] = [ids, false];
+    draw();
+    line.scrollIntoView({ block: "center" });
+    filter.focus({ preventScroll: true });
+  };
   page.places.images = () => { drop.scrollIntoView({ block: "center" }); dropButton.focus(); };
   draft.on("images", draw);
-  return [drop, files, folder, h("div", { class: "la-row nl-ways" }, button("Choose files", () => files.click()), button("Choose a folder", () => folder.click()), local), progress, problems, example, line, grid, more, masksPanel(page)];
+  return [chooser(page), drop, files, folder, h("div", { class: "la-row nl-ways" }, button("Choose files", () => files.click()), button("Choose a folder", () => folder.click()), local), progress, problems, example, adviceList(page), line, grid, more, masksPanel(page), furtherSets(page)];
 }
 
 export function enlarge(draft, id) {

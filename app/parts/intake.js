@@ -1,7 +1,7 @@
 // Files on their way to the server: out of a drop, a file chooser or the clipboard, and up, with progress.
-import { megabytes, Refused } from "/static/core.js";
+import { get, megabytes, Refused } from "/static/core.js";
 
-const TAKEN = /\.(png|jpe?g|jfif|webp|bmp|avif|gif|tiff?|heic|heif|txt|caption|zip)$/i;
+const TAKEN = /\.(png|jpe?g|jfif|webp|bmp|avif|gif|tiff?|heic|heif|txt|caption|jsonl|csv|tsv|json|zip)$/i;
 const HIDDEN = /(^|\/)(\.|__MACOSX\/|Thumbs\.db$|desktop\.ini$)/i;
 const FILE_LIMIT = 64 * 1024 ** 2;
 
@@ -29,6 +29,22 @@ async function walk(entry, found) {
 /** Files of a chooser: [[path, File]]. */
 export const chosen = (input) => [...input.files].map((file) => [file.webkitRelativePath || file.name, file]);
 
+/** Call `tell({done, total})` about twice a second while the server looks at pictures. Returns what ends it. */
+export function looking(tell) {
+  let live = true;
+  (async () => {
+    while (live) {
+      await new Promise((done) => setTimeout(done, 500));
+      if (!live) return;
+      try {
+        const now = (await get("/images/looking")).looking;
+        if (now && live) tell(now);
+      } catch (error) { if (!(error instanceof Refused)) throw error; }
+    }
+  })();
+  return () => { live = false; };
+}
+
 /** What is worth sending, and a sentence for each file that is not. System files of a folder are passed over in silence. */
 export function sorted(files) {
   const take = [], problems = [];
@@ -41,13 +57,14 @@ export function sorted(files) {
   return { take, problems };
 }
 
-/** Send files to POST /api/images. `progress(share)` from 0 to 1. Resolves to the answer; rejects with Refused. Returns {done, cancel}. */
-export function upload(files, progress) {
+/** Send files to POST /api/images. `progress(share)` from 0 to 1. Resolves to the answer; rejects with Refused. Returns {done, cancel}.
+ *  `route`: another one that takes files. */
+export function upload(files, progress, route = "/api/images") {
   const request = new XMLHttpRequest();
   const done = new Promise((resolve, reject) => {
     const form = new FormData();
     for (const [path, file] of files) form.append("files", file, path);
-    request.open("POST", "/api/images");
+    request.open("POST", route);
     request.responseType = "json";
     request.upload.onprogress = (e) => e.lengthComputable && progress(e.loaded / e.total);
     request.onload = () => (request.status < 400 && request.response ? resolve(request.response)

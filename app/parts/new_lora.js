@@ -10,7 +10,7 @@ import { startSection } from "/static/start.js";
 import { advancedDrawer } from "/static/advanced.js";
 
 export async function mount(root) {
-  await style("new_lora", "images", "crop");
+  await style("new_lora", "images", "crop", "datasets");
   const draft = openDraft();
   const notice = h("p", { class: "la-loading", role: "status" }, "Loading …");
   fill(root, h("div", { id: "la-main", class: "la-main nl" }, notice));
@@ -18,7 +18,7 @@ export async function mount(root) {
 
   // Where the finger of the preflight list points: each section says how to reach its fields.
   const places = {};
-  const page = { draft, places, go: (place) => (places[place] ?? ((key) => places.setting(key)))(place) };
+  const page = { draft, places, go: (place) => (places[place] ?? (place.startsWith("data.") ? places.sets : (key) => places.setting(key)))(place) };
   const section = (number, id, title, lead, ...rest) => h("section", { class: "la-section", id: "nl-" + id, "aria-labelledby": `nl-${id}-title`, data: { section: id } },
     h("div", { class: "nl-head" }, h("h2", { class: "la-h2", id: `nl-${id}-title` }, h("span", { class: "la-number" }, number), title), lead && h("p", { class: "la-lead" }, lead)), rest);
 
@@ -29,7 +29,7 @@ export async function mount(root) {
     section(1, "images", "Images", "", imagesSection(page)),
     section(2, "what", "What is it?", "", purposeSection(page)),
     section(3, "model", "Which model?", "The model you make pictures with. It is used where it is and never changed.", modelsSection(page)),
-    section(4, "captions", "Captions", "One caption for each picture: what the LoRA should not take for granted, such as background, clothes and pose, is named in words.", captionsSection(page)),
+    section(4, "captions", "Captions", "", captionsSection(page)),
     section(5, "start", "Start", "", startSection(page), advancedDrawer(page))));
   document.getElementById("nl-captions").append(seenPanel(page));
 

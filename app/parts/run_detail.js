@@ -9,6 +9,7 @@ import { configuration, logTail } from "/static/run_log.js";
 
 const LIVE = ["starting", "running"];
 const PARTS = { unet: "UNet", text_1: "Text encoder", text_2: "Second text encoder" };
+const DATA = { prior: " of the class", validation: " held out" };
 const PENDING = {
   stop: "Stop is asked: it ends after this step, with a state from which it can be resumed.",
   save: "Save is asked: the LoRA is written after this step.",
@@ -189,6 +190,7 @@ export function runDetail(id, to) {
       ["Memory", run.memory_gib ? `${run.memory_gib.toFixed(1)} GiB` + (live ? "" : " at most") : ""],
       ["Speed", run.images_per_s ? `${run.images_per_s >= 10 ? Math.round(run.images_per_s) : run.images_per_s.toFixed(1)} images a second` : ""],
       ["Time", run.seconds ? duration(run.seconds) : ""],
+      ["Images", (run.data || []).map((d) => `${d.name || "Untitled"}: ${plural(d.images, "image")}${DATA[d.kind] || ""}, version ${d.version}`).join("; ")],
       ["Shapes", shapes],
       ["Why so", (run.reasons || []).join(" ")],
       ["Folder", run.folder],

@@ -4,7 +4,7 @@ import { api, ask, button, field, fill, get, h, Refused, toast } from "/static/c
 const lines = (text) => text.split("\n").map((l) => l.trim()).filter(Boolean);
 
 export async function mount(root) {
-  const [settings, system] = await Promise.all([get("/settings"), get("/system")]);
+  const [settings, system, offered] = await Promise.all([get("/settings"), get("/system"), get("/captioners")]);
 
   /** A field that is saved when it is left. `read` and `write` turn the text into the value and back. */
   function text(key, label, { help = "", rows = 0, read = (t) => t.trim(), write = (v) => v, placeholder = "" } = {}) {
@@ -33,6 +33,20 @@ export async function mount(root) {
         h("input", { type: "radio", name, value, checked: settings[key] === value, on: { async change() { if (await save(key, value)) then(value); } } }),
         h("b", {}, title), h("span", { class: "la-help" }, says))));
   }
+  /** The captioner behind a button: one of those that are offered, or any other by its hub id or folder. */
+  function captioner(key, label) {
+    const known = offered.known[key], size = (mb) => (mb ? (mb >= 1000 ? (mb / 1000).toFixed(1) + " GB" : mb + " MB") : "size said before it begins");
+    const other = text(key, "Its hub id or folder", { placeholder: "owner/name or a folder", help: `A model on huggingface.co or a folder on this computer. ${key === "tags" ? "A WD tagger: model.onnx and selected_tags.csv." : "BLIP, Florence-2 or a Qwen vision-language model in transformers’ format."}` });
+    const input = other.querySelector("input"), own = () => !known.some((k) => k.source === settings[key]) && settings[key] !== "";
+    const show = () => { other.hidden = !own(); };
+    const pick = (value, checked, title, says, on) => h("label", { class: "la-choice" },
+      h("input", { type: "radio", name: "captioner-" + key, value, checked, on: { change: on } }), h("b", {}, title), h("span", { class: "la-help" }, says));
+    const now = settings[key] || known[0].source;
+    show();
+    return h("div", { class: "la-stack" }, h("fieldset", { class: "la-choices", id: "captioner-" + key }, h("legend", { class: "la-label la-legend" }, label),
+      known.map((k) => pick(k.source, now === k.source, k.title, `${k.why} ${k.there ? "On this computer" : "Download: " + size(k.size_mb)}; licence ${k.licence}.`, async () => { if (await save(key, k.source)) { input.value = ""; show(); } })),
+      pick("other", own(), "Another one", "A hub id or a folder of yours.", () => { other.hidden = false; input.value = own() ? settings[key] : ""; input.focus(); })), other);
+  }
   const section = (title, lead, ...rest) => h("section", { class: "la-section" }, h("h2", { class: "la-h2" }, title), lead && h("p", { class: "la-lead" }, lead), rest);
 
   fill(root, h("div", { id: "la-main", class: "la-main" },
@@ -43,11 +57,14 @@ export async function mount(root) {
         text("lora_folder", "My LoRA folder", { help: "“Copy to my LoRA folder” on the Results page copies there, for instance ComfyUI/models/loras.", placeholder: "/path/to/models/loras" }),
         text("run_folders", "More folders with runs", { rows: 3, read: lines, write: (v) => v.join("\n"), help: "Runs that were started on the command line are listed too." }),
         h("div", { class: "la-field" }, h("span", { class: "la-label" }, "Data folder"), h("p", { class: "la-mono" }, system.data_dir), h("p", { class: "la-help" }, "Images, captions and runs are kept here. Choose another with --data-dir at start.")))),
-    section("Captions", "What stands behind the two buttons: a model on huggingface.co (owner/name) or a folder on this computer.",
-      h("div", { class: "la-cols" }, text("sentences", "Sentences"), text("tags", "Tags", { help: "Comes in a later version.", placeholder: "not available yet" }))),
+    section("Captions", "What stands behind the two buttons of the page New LoRA.",
+      captioner("sentences", "Sentences"), captioner("tags", "Tags"),
+      h("div", { class: "la-cols" },
+        text("tag_probability", "Least probability of a tag", { read: (t) => Number(t.replace(",", ".")) || t, help: "0.35 is usual. Lower: more tags, and more that are wrong." }),
+        text("blocked_tags", "Tags that are never written", { placeholder: "simple background, watermark", help: "With commas between." }))),
+    section("Masks", "", h("div", { class: "la-narrow" }, text("masker", "Masks by words", { help: "What finds in an image what you name: a CLIPSeg model on huggingface.co or a folder on this computer." }))),
     section("Memory", "", choice("memory", "When training", [["auto", "Automatic", "Fast: whatever fits is kept on the GPU."], ["low", "Save memory", "Slower: activations are computed twice (gradient checkpointing). For GPUs that run full."]])),
     token(),
-    section("Masks", "", h("div", { class: "la-narrow" }, text("masker", "Masks by words", { help: "What finds in an image what you name: a CLIPSeg model on huggingface.co or a folder on this computer." }))),
     section("Appearance", "", choice("theme", "Theme", [["system", "Like the computer", "Changes with it."], ["light", "Light", ""], ["dark", "Dark", ""]], theme), notifications()),
     about()));
   theme(settings.theme);

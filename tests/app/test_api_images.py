@@ -208,26 +208,81 @@ def test_two_tabs_at_once(client):
 
 def test_which_captioner_suits(client, home):
     found = client.get("/api/captioners").json()
-    assert found["sentences"] == {
-        "source": "Salesforce/blip-image-captioning-large", "size_mb": 1880, "there": False, "ready": True, "note": ""
-    }  # fmt: skip
-    assert found["tags"]["ready"] is False and found["tags"]["note"] == "comes in a later version" and found["suits"] == "sentences"
+    about = {"there": False, "note": "", "built_in": False, "prompt": None, "own_prompt": ""}
+    blip = {"source": "Salesforce/blip-image-captioning-large", "size_mb": 1880, "title": "BLIP large", "licence": "BSD-3-Clause"}
+    assert found["sentences"] == blip | about and found["suits"] == "sentences"
+    wd = {"source": "SmilingWolf/wd-vit-tagger-v3", "size_mb": 379, "title": "WD tagger, ViT", "licence": "Apache-2.0"}
+    assert found["tags"] == wd | about
     draft.update(home, model="/models/ponyDiffusionV6XL.safetensors")
     assert client.get("/api/captioners").json()["suits"] == "tags"
     settings.save(home, {"captioners": {"/models/ponyDiffusionV6XL.safetensors": "sentences"}})
     assert client.get("/api/captioners").json()["suits"] == "sentences"
     settings.save(home, {"sentences": str(home.root)})
     assert client.get("/api/captioners").json()["sentences"]["there"] is True
-    for source, said in (("some/one", "not known"), ("a/b/c", "neither"), ("", "Settings")):
+    for source, said in (("some/one", "not known"), ("a/b/c", "neither")):
         settings.save(home, {"sentences": source})
         assert said in client.get("/api/captioners").json()["sentences"]["note"]
+
+
+def test_the_example_has_a_captioner_of_its_own_and_nothing_else_has(client, home, runner):
+    hub = client.get("/api/captioners").json()["sentences"]
+    settings.save(home, {"sentences": "some/other"})  # it hangs on no setting
+    client.post("/api/draft/example")
+    own = client.get("/api/captioners").json()["sentences"]
+    assert own["source"] == str(draft.EXAMPLE_CAPTIONER) and own["there"] is True and own["built_in"] is True
+    assert client.post("/api/images/caption", json={"style": "sentences", "which": "all"}).status_code == 200
+    words = list(runner.jobs.list()[0].words)
+    assert words[words.index("--source") + 1] == str(draft.EXAMPLE_CAPTIONER)
+    client.post("/api/images/caption/cancel")
+    settings.save(home, {"sentences": hub["source"]})
+
+    mine = add(client, {"mine.png": picture(1)})["images"]  # a picture that it doesn't know
+    assert client.get("/api/captioners").json()["sentences"] == hub
+    client.patch(f"/api/images/{next(i['id'] for i in mine if i['name'] == 'mine.png')}", json={"removed": True})
+    assert client.get("/api/captioners").json()["sentences"]["built_in"] is True
+    client.patch("/api/draft", json={"model": "/models/a.safetensors"})
+    assert client.get("/api/captioners").json()["sentences"] == hub
+    client.post("/api/draft/new")
+    assert client.get("/api/captioners").json()["sentences"] == hub
+
+
+def test_what_is_offered_says_why_how_large_and_under_which_licence(client, home, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home.root.parent / "hub"))
+    known = client.get("/api/captioners").json()["known"]
+    assert len(known["sentences"]) >= 4 and len(known["tags"]) >= 2
+    for offer in known["sentences"] + known["tags"]:
+        assert offer["why"].endswith(".") and offer["licence"] and offer["there"] is False
+        assert offer["size_mb"] is None or offer["size_mb"] > 100
+    snapshot = home.root.parent / "hub" / "models--SmilingWolf--wd-vit-tagger-v3" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.onnx").write_bytes(b"")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    found = client.get("/api/captioners").json()
+    assert found["tags"]["there"] is True and found["known"]["tags"][0]["there"] is True
+
+
+def test_a_captioner_that_takes_a_prompt_is_told_what_suits_the_purpose(client, home, runner):
+    add(client, {"a.png": picture(1)})
+    settings.save(home, {"sentences": "Qwen/Qwen3-VL-2B-Instruct"})
+    client.patch("/api/draft", json={"purpose": "object", "class_word": "chair", "name": "Zorp"})
+    about = client.get("/api/captioners").json()["sentences"]
+    assert "call it just “chair”" in about["prompt"] and about["own_prompt"] == ""
+    settings.save(home, {"prompts": {"object": "Say where the {subject} is.", "style": "Say all."}})
+    assert client.get("/api/captioners").json()["sentences"]["own_prompt"] == "Say where the {subject} is."
+    client.post("/api/images/caption", json={"style": "sentences"})
+    words = runner.jobs.list()[0].words
+    assert {"--purpose=object", "--class-word=chair", "--trigger=zorp", "--set=prompt=Say where the {subject} is."} <= {*words}
+    client.post("/api/images/caption/cancel")
+    settings.save(home, {"sentences": "Salesforce/blip-image-captioning-large"})  # which would refuse a prompt
+    client.post("/api/images/caption", json={"style": "sentences"})
+    assert not [w for w in runner.jobs.list()[0].words if w.startswith("--set")]
 
 
 def test_a_captioning_is_queued_watched_cancelled_and_undone(client, home, runner):
     assert client.post("/api/images/caption", json={"style": "sentences"}).status_code == 409
     add(client, {"a.png": picture(1), "a.txt": b"mine", "b.png": picture(2)})
-    assert "later version" in client.post("/api/images/caption", json={"style": "tags"}).json()["error"]
-    draft.update(home, model="/models/a.safetensors")
+    draft.update(home, model="/models/a.safetensors", trigger="-zorp")
     settings.save(home, {"sentences": "some/captioner"})
     job = client.post("/api/images/caption", json={"style": "sentences", "which": "missing"}).json()["caption_job"]
     assert (job["style"], job["state"], job["done"]) == ("sentences", "waiting", 0)
@@ -235,18 +290,8 @@ def test_a_captioning_is_queued_watched_cancelled_and_undone(client, home, runne
     (queued,) = runner.jobs.list()
     assert queued.folder.parent == home.jobs and queued.folder.name == job["id"]
     data = current(home)
-    words = [
-        "caption",
-        str(data.images),
-        "--captioner",
-        "blip",
-        "--source",
-        "some/captioner",
-        "--run-dir",
-        str(queued.folder),
-        "--only-missing",
-    ]
-    assert list(queued.words) == words
+    words = ["caption", str(data.images), "--captioner", "auto", "--source", "some/captioner", "--purpose=character", "--trigger=-zorp"]
+    assert list(queued.words) == [*words, "--run-dir", str(queued.folder), "--only-missing"]
     assert client.post("/api/images/caption", json={"style": "sentences"}).status_code == 409
     assert client.post("/api/draft/undo").status_code == 409  # while it writes
     # What the captioner does, in its own process:
@@ -269,6 +314,36 @@ def test_a_captioning_is_queued_watched_cancelled_and_undone(client, home, runne
     assert runner.jobs.list() == [] and view["caption_job"] is None
     assert client.get("/api/images").json()["undo"] != "Caption 2 images"
     assert client.post("/api/images/caption/cancel").status_code == 200
+
+
+def test_tags_are_added_to_all_or_written_anew_for_one_and_undone(client, home, runner):
+    images = named(add(client, {"a.png": picture(1), "a.txt": b"mine", "b b.png": picture(2)}))
+    settings.save(home, {"tag_probability": 0.5, "blocked_tags": "watermark, simple background"})
+    draft.update(home, changes={"dataset.prompt_weights": True})
+    client.post("/api/images/caption", json={"style": "tags", "which": "add"})
+    words = list(runner.jobs.list()[0].words)
+    assert words[2:6] == ["--captioner", "wd", "--source", "SmilingWolf/wd-vit-tagger-v3"] and words[-1] == "--add"
+    assert {"--set=general=0.5", "--set=blocked=watermark, simple background", "--set=escape=true"} <= {*words}
+    (current(home).images / "a.txt").write_text("mine, red\n")
+    runner.unqueue(runner.jobs.list()[0].folder)
+    assert client.post("/api/draft/undo").json()["undone"] == "Caption 2 images"
+    assert named(client.get("/api/images").json())["a.png"]["caption"] == "mine"
+
+    client.post("/api/images/caption", json={"style": "tags", "ids": [images["b b.png"]["id"]]})
+    words = list(runner.jobs.list()[0].words)
+    assert words[-1] == "--only=b b.png" and not {"--only-missing", "--add"} & {*words}
+    assert client.get("/api/images").json()["undo"] == "Caption b b.png"
+    client.post("/api/images/caption/cancel")
+    assert client.post("/api/images/caption", json={"style": "tags", "ids": ["gone"]}).status_code == 404
+    assert client.post("/api/images/caption", json={"style": "tags", "ids": []}).status_code == 400
+    assert client.get("/api/images").json()["undo"] == "Add 2 images"
+
+
+def test_several_tags_are_left_out_in_one_step(client):
+    add(client, {"a.png": picture(1), "a.txt": b"zorp, Red, small, hat", "b.png": picture(2), "b.txt": b"zorp, red, cat"})
+    answer = client.post("/api/images/captions", json={"action": "remove_tag", "find": "red, hat"}).json()
+    assert [i["caption"] for i in answer["images"]] == ["zorp, small", "zorp, cat"] and answer["changed"] == 2
+    assert [i["caption"] for i in client.post("/api/draft/undo").json()["images"]] == ["zorp, Red, small, hat", "zorp, red, cat"]
 
 
 def test_the_routes_live_through_a_deleted_folder(client, home):

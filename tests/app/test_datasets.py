@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app import caption_texts, datasets, intake
+from app import caption_texts, datasets, intake, pictures
 from app.errors import Problem
 from app.paths import ROOT, Home
 from trainer.config import DataConfig
@@ -523,3 +523,47 @@ def test_a_data_set_that_is_not_there(home):
         with pytest.raises(Problem) as caught:
             datasets.open(home, id)
         assert caught.value.status == 404
+
+
+# ---- many
+
+
+def test_many_images_come_and_go_without_a_look_at_each_other(data, monkeypatch):
+    reads = []
+    texts = datasets.Dataset._texts
+    monkeypatch.setattr(datasets.Dataset, "_texts", lambda self, folder: reads.append(folder) or texts(self, folder))
+
+    def counted(work) -> int:
+        reads.clear()
+        work()
+        return len(reads)
+
+    def add(first: int, n: int) -> None:
+        files = [(f"{k}.png", io.BytesIO(picture(k))) for k in range(first, first + n)]
+        data.add_files([*files, *((f"{k}.txt", io.BytesIO(b"zorp, thing")) for k in range(first, first + n))])
+
+    few, many = counted(lambda: add(0, 3)), counted(lambda: add(100, 40))
+    assert few == many < 12
+    ids = [i["id"] for i in data.items()]
+    assert counted(lambda: data.remove(ids[:2])) == counted(lambda: data.remove(ids[2:])) < 6
+    assert counted(data.undo) == counted(data.undo) < 6 and data.count() == 43
+    assert counted(lambda: data.edit_captions("append", text="more")) < 8
+    assert counted(data.undo) < 6 and set(data.texts().values()) == {"zorp, thing"}
+
+
+def test_what_is_being_looked_at_is_told_and_can_be_ended(data, monkeypatch):
+    told, look = [], pictures.inspect
+
+    def slow(path, cache):
+        told.append(data.looking())
+        if len(told) == 5:
+            data.stop_looking()
+        return look(path, cache)
+
+    monkeypatch.setattr(pictures, "inspect", slow)
+    with pytest.raises(Problem, match="Cancelled; nothing was added") as refused:
+        data.add_files([(f"{k}.png", io.BytesIO(picture(k))) for k in range(30)])
+    assert refused.value.status == 409 and all(t["total"] == 30 for t in told) and 0 < max(t["done"] for t in told) < 30
+    assert data.items() == [] and data.looking() is None and not list((data.root / "incoming").iterdir())
+    data.stop_looking()  # of nothing
+    assert data.add_files([("a.png", io.BytesIO(picture(1)))])[0] == 1

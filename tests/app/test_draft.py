@@ -249,7 +249,7 @@ def test_an_edited_text_is_taken_over(client, ready):
         (lambda t: t.replace("# rank = 16", "rnk = 1"), "Did you mean rank?"),
         (lambda t: t.replace("sd1/balanced", "sd1/best"), "does not exist"),
         (lambda t: t.replace("/images", "/elsewhere"), "the images above"),
-        (lambda t: t + '\n[[data]]\nfolder = "/x"', "the images above"),
+        (lambda t: t + '\n[[data]]\nfolder = "/x"', "no other data set of this page"),
     ],
 )
 def test_a_wrong_text_changes_nothing_and_says_where(client, home, ready, edit, said):

@@ -241,7 +241,7 @@ def test_odd_files(badges, tmp_path):
     assert "transparent" in found["hole.png"]["odd"] and not found["opaque.png"]
     assert "animated" in found["film.webp"]["odd"]
     assert "CMYK" in found["print.jpg"]["odd"]
-    assert "1 to 4.3" in found["strip.png"]["odd"]
+    assert "1 to 4.3" in found["strip.png"]["long"]
 
 
 def test_a_picture_that_broke_later_is_shown_as_such(home):

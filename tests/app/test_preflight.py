@@ -142,7 +142,7 @@ def test_images_and_captions(home, draw_pictures, tmp_path, sd15):
 
 def test_bad_settings_a_bad_trigger_and_small_images_are_said_at_their_fields(home, draw_pictures, tmp_path, sd15):
     now = draft.update(home, name="x", trigger="cat", model=str(sd15), changes={"adapter.alpha": 0})
-    datasets.open(home, now["dataset"]).add_folder(draw_pictures(tmp_path / "pictures", [(100, 100)] * 5))
+    datasets.open(home, now["dataset"]).add_folder(draw_pictures(tmp_path / "pictures", [(100, 100)] * 8))
     found = preflight.make(home)
     assert said(found, "error", "adapter.alpha") == ["Alpha is 0; it must be greater than 0.0."] and not found["startable"]
     assert "already means something" in said(found, "warning", "trigger")[0]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from small_captioners import make_florence, make_qwen, make_wd
 
 from trainer import __main__ as program
 from trainer import control, events
-from trainer.captioners import CAPTIONERS, blip
+from trainer.captioners import CAPTIONERS, KNOWN, blip, files, florence, kind_of, wd
 from trainer.captioners.job import caption
+from trainer.captioners.texts import bare, combined
 from trainer.config import DataConfig
 from trainer.data.scan import scan
 from trainer.run_dir import RunDir, is_alive
@@ -24,6 +27,14 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def model(small_blip) -> Path:
     return small_blip
+
+
+@pytest.fixture(scope="module", params=sorted(CAPTIONERS))
+def each(request, small_blip, tmp_path_factory) -> tuple[str, dict]:
+    """(name, settings) of each captioner with a small model of random weights."""
+    make = {"blip": lambda folder: small_blip, "florence": make_florence, "qwen": make_qwen, "wd": make_wd}[request.param]
+    settings = {"source": str(make(tmp_path_factory.mktemp(request.param) / "model")), "batch": 1}
+    return request.param, settings if request.param == "wd" else settings | {"max_tokens": 6}
 
 
 @pytest.fixture
@@ -83,7 +94,7 @@ def test_what_stood_there_is_backed_up_and_only_missing_leaves_it_alone(model, f
     texts = read(folder)
     assert "mine" not in texts["00.png"] and "mine" not in texts["01.png"] and not (folder / "01.txt").exists()
     assert (root / "backup" / "00.txt").read_text() == "mine\n" and (root / "backup" / "01.caption").read_text() == "also mine"
-    assert (root / "backup" / "more" / "00.txt").read_text().strip() == texts["more/00.png"]
+    assert not (root / "backup" / "more").exists()  # what is written anew as it was needs no backup
     seqs = [e["seq"] for e in job(root)]
     assert seqs == list(range(len(seqs)))
 
@@ -200,13 +211,17 @@ def test_of_the_hub_only_the_needed_files_are_fetched_and_never_a_pickle():
             self.rfilename = name
 
     def wanted(*names):
-        return {f.rfilename for f in blip._wanted("a/b", [Sibling(n) for n in names])}
+        return {f.rfilename for f in files.wanted(blip.SHAPE, "a/b", [Sibling(n) for n in names])}
 
     needed = {"config.json", "preprocessor_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     others = {"pytorch_model.bin", "tf_model.h5", "vocab.txt", "README.md", ".gitattributes", "onnx/model.safetensors"}
     assert wanted(*needed, *others) == needed
     with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
         wanted(*(needed | others) - {"model.safetensors"})
+
+    tags = {"model.onnx", "selected_tags.csv"}  # of a tagger no other weights
+    found = files.wanted(wd.SHAPE, "a/b", [Sibling(n) for n in (*tags, "model.safetensors", "config.json", "model.msgpack")])
+    assert {f.rfilename for f in found} == tags
 
 
 def test_the_registry_is_free_of_torch_and_a_caption_is_tidied():
@@ -215,3 +230,122 @@ def test_the_registry_is_free_of_torch_and_a_caption_is_tidied():
     assert done.stdout.strip() == "False", done.stderr
     assert CAPTIONERS["blip"].config().source == blip.DEFAULT
     assert blip.tidy("arafed  cat on a\nhouse , araffes dog") == "cat on a house , dog"
+
+
+# Every captioner, by the registry
+
+
+def test_each_captioner_keeps_what_was_there_stops_and_goes_on(each, draw_pictures, tmp_path):
+    name, settings = each
+    assert kind_of(settings["source"]) == name
+    folder, root = draw_pictures(tmp_path / "images", [(64, 64), (96, 48), (48, 96)]), tmp_path / "job"
+    (folder / "02.txt").unlink()
+    before = read(folder)
+
+    def show(event):
+        if event["type"] == "captioned" and event["done"] == 1:
+            control.send(RunDir(root), "stop")
+
+    asked = {"captioner": "auto", "settings": settings, "trigger": "zorp", "device": "cpu"}
+    assert caption(folder, root, **asked, show=show) == "stopped"
+    texts = read(folder)
+    assert texts["00.png"] != before["00.png"] and texts["01.png"] == before["01.png"] and not texts["02.png"]
+    assert (root / "backup" / "00.txt").read_text() == before["00.png"]
+    assert caption(folder, root, **asked, only_missing=True) == "finished"
+    assert job(root, "started")[-1]["total"] == 1 and read(folder)["01.png"] == before["01.png"]
+
+    assert caption(folder, root, **asked) == "finished"
+    texts = read(folder)
+    assert (root / "backup" / "01.txt").read_text() == before["01.png"]
+    assert all(re.match(r"zorp, \S", text) for text in texts.values()) and len(set(texts.values())) > 1
+    assert {e["file"]: e["text"] for e in job(root, "captioned")} == texts
+    (started, *_), asked_for = job(root, "started"), json.loads((root / "config.json").read_text())
+    assert started["name"] == asked_for["captioner"] == name and asked_for["trigger"] == "zorp"
+    assert all(e["text"].endswith(".") for e in job(root, "chosen")) and bool(job(root, "chosen")) == (name in ("qwen", "wd"))
+
+
+def test_each_captioner_says_the_same_of_an_image_alone_and_among_others(each, folder):
+    name, settings = each
+    kind, notes = CAPTIONERS[name], []
+    write = kind.build(kind.config.model_validate(settings), Path(settings["source"]), "cpu", "fp32", notes.append)
+    images = [Image.open(p).convert("RGB") for p in sorted(folder.glob("*.png"))]
+    assert write(images) == [write([image])[0] for image in images] and all(write(images))
+
+
+def test_one_image_alone_is_written_anew_and_tags_are_added_to_sentences(model, folder, tmp_path):
+    tagger = make_wd(tmp_path / "wd")
+    root, blip_settings = tmp_path / "job", {"source": str(model), "max_tokens": 4}
+    caption(folder, root, settings=blip_settings, trigger="zorp", device="cpu")
+    sentences = read(folder)
+    add = {"captioner": "wd", "settings": {"source": str(tagger)}, "add": True, "trigger": "zorp", "device": "cpu"}
+    assert caption(folder, root, only=["more/00.png"], **add) == "finished"
+    texts = read(folder)
+    assert {n for n in texts if texts[n] != sentences[n]} == {"more/00.png"}
+    assert texts["more/00.png"].startswith(sentences["more/00.png"] + ", ") and texts["more/00.png"].count("zorp,") == 1
+
+    assert caption(folder, root, **add) == "finished"
+    texts = read(folder)
+    assert all(texts[n].startswith(sentences[n] + ", ") for n in texts)
+    kept = {p.name: p.read_text().strip() for p in (root / "backup").glob("*.txt")}
+    assert kept == {f"{n[:-4]}.txt": text for n, text in sentences.items() if "/" not in n}
+    caption(folder, root, **add)  # as after a stop: nothing is added twice, and nothing is written or kept again
+    assert read(folder) == texts and len(list((root / "backup").iterdir())) == len(kept) + 1
+    for wrong, words in (({"only": ["gone.png"]}, "has no image 'gone.png'"), ({"only_missing": True}, "exclude each other")):
+        with pytest.raises(ValueError, match=words):
+            caption(folder, root, **add | wrong)
+    assert read(folder) == texts
+
+
+def test_an_image_of_which_nothing_is_said_keeps_its_caption(draw_pictures, tmp_path):
+    tagger, folder = make_wd(tmp_path / "wd"), draw_pictures(tmp_path / "images", [(64, 64)])
+    root, settings = tmp_path / "job", {"source": str(tagger), "general": 1, "character": 1}
+    assert caption(folder, root, captioner="wd", settings=settings, device="cpu") == "finished"
+    assert "nothing to say" in job(root, "warning")[-1]["text"] and job(root)[-1]["skipped"] == 1
+    assert (folder / "00.txt").read_text() == "zorp, thing 0, red, small" and not (root / "backup").exists()
+
+
+def test_the_command_takes_the_settings_of_a_captioner(draw_pictures, tmp_path, capsys):
+    tagger, folder = make_wd(tmp_path / "wd"), draw_pictures(tmp_path / "images", [(64, 64)])
+    words = ["caption", str(folder), "--source", str(tagger), "--run-dir", str(tmp_path / "job"), "--device", "cpu", "--trigger=-zorp"]
+    assert program.main([*words, "--set", "general=0.2", "--set", "blocked=smile, 1girl", "--set", "spaces=false"]) == 0
+    asked = json.loads((tmp_path / "job" / "config.json").read_text())
+    assert (asked["captioner"], asked["general"], asked["blocked"], asked["spaces"]) == ("wd", 0.2, ["smile", "1girl"], False)
+    text = (folder / "00.txt").read_text()
+    assert text.startswith("-zorp, ") and "_" in text and "smile" not in text
+    for wrong, said in (
+        (["--set", "general=2"], "general is '2': Input should be less than or equal to 1."),
+        (["--max-tokens", "5"], "The captioner wd has no setting max_tokens; it has source, batch, general"),
+        (["--set", "general"], "it must be NAME=VALUE"),
+    ):
+        assert program.main([*words, *wrong]) == 1
+        assert said in capsys.readouterr().err
+
+
+def test_florence_in_its_first_format_is_refused_since_its_code_is_not_run(tmp_path):
+    folder = make_florence(tmp_path / "florence")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["model_type"] = "davit"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="no code of a model is run here") as error:
+        files.resolve(florence.SHAPE, str(folder), print)
+    assert florence.DEFAULT in str(error.value)
+
+
+def test_what_is_offered_is_known_without_a_look_at_the_hub():
+    assert len({known.source for known in KNOWN}) == len(KNOWN) and {known.kind for known in KNOWN} == set(CAPTIONERS)
+    for known in KNOWN:
+        assert kind_of(known.source) == known.kind and known.why.endswith(".") and known.licence
+    assert {kind: captioner.config().source for kind, captioner in CAPTIONERS.items()}.items() <= {(k.kind, k.source) for k in KNOWN}
+
+
+def test_words_are_made_into_captions():
+    assert bare("The image shows a cat on\na chair.") == "a cat on a chair."
+    assert bare("In this image we can see a dog. It runs. Behind it") == "a dog. It runs."
+    assert bare("“A cat.”") == "A cat." and bare("a cat on a chair") == "a cat on a chair" and bare("") == ""
+    assert bare("The image quality is poor") == "The image quality is poor"
+    assert combined("a cat, red", "Red, cat, grass", "", add=True) == "a cat, red, cat, grass"
+    assert combined("zorp sits on grass.", "grass, red", "zorp", add=True) == "zorp sits on grass, grass, red"
+    assert combined("red, small", "A cat, asleep.", "zorp", add=True) == "zorp, red, small, A cat, asleep."
+    again = "zorp, red, small, A cat, asleep."
+    assert combined(again, "A cat, asleep.", "zorp", add=True) == again
+    assert combined("old", "red, zorp", "zorp", add=False) == "zorp, red" and combined("", "red", "", add=True) == "red"

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 import pytest
 import small_models
+from small_captioners import make_florence, make_wd
 
 from trainer.families import sources
 from trainer.families.sources import DEMO, SourceError, family_of, resolve
@@ -130,15 +131,28 @@ assert not {"torch", "diffusers"} & set(sys.modules)
 """
 
 
+CAPTIONER = SCRIPT.replace(
+    "from trainer.families.sources import SourceError, resolve",
+    """from trainer.captioners import CAPTIONERS, files, kind_of
+from trainer.families.sources import SourceError
+def resolve(source, say):
+    kind = kind_of(source)
+    return f"{kind} {files.resolve(CAPTIONERS[kind].shape, source, say)}\"""",
+)
+
+
 @pytest.fixture
 def ask(hub, tmp_path):
-    """ask(source): (path or None, what was said before, the error's sentence), by a process that knows no other hub than ours."""
+    """ask(source): (path or None, what was said before, the error's sentence), by a process that knows no other hub than ours.
+
+    `script`: CAPTIONER instead takes the model for a captioner's; the path has its kind and a space before it then.
+    """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and not k.lower().endswith("_proxy")}
 
-    def go(source: str, **more: str):
+    def go(source: str, script: str = SCRIPT, **more: str):
         environment = {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "*", **more}
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, source], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", script, source], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stderr
         path, said, error = json.loads(done.stdout)
@@ -209,6 +223,41 @@ def test_without_the_hub_and_without_a_copy(ask, more, words):
     path, said, error = ask("someone/toy", **more)
     assert path is None and not said
     assert "'someone/toy': there is no such folder here" in error and all(w in error for w in words), error
+
+
+def test_a_captioner_of_the_hub_is_known_by_its_files_and_only_those_it_needs_are_fetched(hub, ask, small_blip, tmp_path):
+    def files(folder: Path) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    wd, florence, blip = files(make_wd(tmp_path / "wd")), files(make_florence(tmp_path / "florence")), files(small_blip)
+    more = {"README.md": b"---\nlicense: mit\n---\n", "pytorch_model.bin": b"\x80\x02", "onnx/model.onnx": b"no"}
+    davit = json.loads(florence["config.json"])
+    davit["vision_config"]["model_type"] = "davit"
+    hub.repos |= {
+        "someone/tagger": wd | more | {"config.json": b'{"architecture": "vit"}', "model.safetensors": b"x" * 99},
+        "someone/florence": florence | more,
+        "someone/blip": blip | more,
+        "someone/first": florence | {"config.json": json.dumps(davit).encode()},
+        "someone/clip": blip | {"config.json": b'{"model_type": "clip"}'},
+    }
+    needed = {"tagger": {"model.onnx", "selected_tags.csv"}, "florence": {*florence}, "blip": {*blip}}
+    for name, kind in (("tagger", "wd"), ("florence", "florence"), ("blip", "blip")):
+        path, said, error = ask(f"someone/{name}", CAPTIONER)
+        assert not error and said[0].startswith(f"Downloading someone/{name} from huggingface.co: about 1 MB, licence: mit")
+        folder = Path(str(path).removeprefix(f"{kind} "))
+        assert {p.name for p in folder.iterdir()} >= needed[name] and "pytorch_model.bin" not in hub.fetched()
+        assert ask(f"someone/{name}", CAPTIONER)[1:] == ([], "")
+    hub.down = True
+    again, (said,), error = ask("someone/tagger", CAPTIONER)
+    assert str(again).startswith("wd ") and "Using the copy" in said and not error
+    hub.down = False
+    hub.fetched()
+    for name, words in (("first", "no code of a model is run here"), ("clip", "a model of the kind clip")):
+        _, said, error = ask(f"someone/{name}", CAPTIONER)
+        assert f"'someone/{name}'" in error and words in error and not said
+        assert hub.fetched() == ["config.json"]  # and no weights in vain
+    for name, words in (("nothing", "no such model on the hub"), ("toy", "config.json is missing. Give a BLIP")):
+        assert words in ask(f"someone/{name}", CAPTIONER)[2]
 
 
 def test_repositories_that_cannot_be_used(hub, ask):

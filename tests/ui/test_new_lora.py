@@ -210,6 +210,26 @@ def test_what_is_missing_is_said_and_leads_to_its_place(page, app):
     assert page.evaluate("document.activeElement !== document.body")
 
 
+def test_the_example_is_captioned_by_what_comes_with_it(page, app):
+    sentences = page.locator("#caption-sentences")
+    expect(sentences).to_contain_text("first use downloads")
+    app.post("/draft/example")
+    page.reload()
+    expect(captions(page)).to_have_count(14)
+    expect(sentences).to_contain_text("nothing is downloaded")
+    page.locator("#bulk-action").select_option("clear")
+    page.locator("#bulk-apply").click()
+    expect(captions(page).first).to_have_value("")
+    sentences.click()  # no question: nothing is overwritten and nothing fetched
+    expect(page.locator("#caption-job")).to_have_attribute("data-state", "finished", timeout=60_000)
+    for k in range(14):
+        expect(captions(page).nth(k)).to_have_value(re.compile("^zorp, a (big )?green creature"))
+    assert not list((app.folder / "home" / "hf").rglob("*"))
+
+    page.locator("#choose-files").set_input_files(noise(app.folder / "mine.png", (128, 128)))
+    expect(sentences).to_contain_text("first use downloads")  # drawn pictures are all that the small one knows
+
+
 def test_an_advanced_setting_changes_the_plan_and_says_what_is_wrong(page, app):
     app.post("/draft/example")
     page.reload()

@@ -4,6 +4,7 @@ Events besides the frame's:
 
     stage        name: loading | downloading | captioning; text (of downloading: size and licence)
     started      name (the captioner), total (images to caption), device, dtype, reasons
+    chosen       text: how the captioner is run and why (bits, processor)
     captioned    done, total, file (relative to the folder, with slashes), text, seconds (of its batch, shared out)
     warning      text: an image that was passed over
     finished     done, total, skipped
@@ -20,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from pydantic import ValidationError
 
-from trainer.captioners import CAPTIONERS
+from trainer.captioners import CAPTIONERS, files, kind_of
+from trainer.captioners.texts import combined
 from trainer.data.images import DAMAGED, open_rgb
 from trainer.data.scan import listing
 from trainer.job import Job, Show, work
 from trainer.run_dir import write_atomic
+
+Target = tuple[Path, Path, str]  # an image, the file of its caption, the text that is there
 
 
 def caption(
@@ -35,30 +40,78 @@ def caption(
     captioner: str = "blip",
     settings: dict[str, Any] | None = None,
     only_missing: bool = False,
+    add: bool = False,
+    only: Sequence[str] = (),
+    purpose: str = "",
+    trigger: str = "",
+    class_word: str = "",
     device: str = "auto",
     show: Show = lambda event: None,
 ) -> str:
     """Caption the images of `folder`, with the job's own files in `root`; returns "finished" or "stopped".
 
     Args:
-        settings: what differs from the captioner's defaults (source, max_tokens, batch).
+        captioner: one of CAPTIONERS, or "auto": by the files of settings["source"].
+        settings: what differs from the captioner's defaults (source, batch, ...).
         only_missing: leave alone what has a caption. A job that was stopped goes on so.
+        add: write behind what is there what it lacks. A job that was stopped may be asked for again: nothing is added twice.
+        only: names of images, relative to the folder, with slashes; empty means all.
+        purpose, class_word: what the LoRA is for ("character", "style", "object") and what its subject is called, for captioners that
+            take a prompt.
+        trigger: the word that goes first in each caption.
 
     Raises ValueError with a sentence for what the user can mend.
     """
+    if add and only_missing:
+        raise ValueError("add and only_missing exclude each other: adding changes captions that are there. Give one of them.")
+    source = (settings or {}).get("source", "")
+    if captioner == "auto":
+        captioner = kind_of(source) if source else "blip"
     kind = CAPTIONERS[captioner]
-    config = kind.config.model_validate(settings or {})
-    asked = {"job": "caption", "folder": str(folder.resolve()), "captioner": captioner, **config.model_dump()}
-    asked |= {"only_missing": only_missing, "device": device}
-    return work(root, asked, lambda job: _caption(job, folder.resolve(), kind, captioner, config, only_missing, device), show)
+    given = {k: v for k, v in (("purpose", purpose), ("class_word", class_word)) if v and k in kind.config.model_fields}
+    config = _config(captioner, given | (settings or {}))
+    asked = {"job": "caption", "folder": str(folder.resolve()), "captioner": captioner, **config.model_dump(mode="json")}
+    asked |= {"only_missing": only_missing, "add": add, "only": list(only), "trigger": trigger, "device": device}
+
+    def body(job: Job) -> dict[str, int]:
+        job.emit("stage", name="loading")
+        found = place(listing(folder.resolve()))
+        if only:
+            found = _chosen(found, folder.resolve(), only)
+        targets = [item for item in found if not (only_missing and item[2])]
+        return _caption(job, folder.resolve(), captioner, config, targets, add, " ".join(trigger.split()), device)
+
+    return work(root, asked, body, show)
 
 
-def _caption(job: Job, folder: Path, kind: Any, name: str, config: Any, only_missing: bool, device: str) -> dict[str, int]:
+def _config(captioner: str, settings: dict[str, Any]) -> Any:
+    """The captioner's settings. Raises ValueError with a sentence for each that is not allowed."""
+    kind = CAPTIONERS[captioner].config
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        known = ", ".join(kind.model_fields)
+        said = []
+        for e in error.errors():
+            name = ".".join(map(str, e["loc"]))
+            if e["type"] == "extra_forbidden":
+                said.append(f"The captioner {captioner} has no setting {name}; it has {known}.")
+            else:
+                said.append(f"{name} is {e['input']!r}: {e['msg']}.")
+        raise ValueError(" ".join(said)) from None
+
+
+def _chosen(found: list[Target], folder: Path, only: Sequence[str]) -> list[Target]:
+    named = {image.relative_to(folder).as_posix(): (image, file, text) for image, file, text in found}
+    if unknown := [name for name in only if name not in named]:
+        raise ValueError(f"{folder} has no image {unknown[0]!r}. Names are relative to the folder, like {next(iter(named), 'a.png')}.")
+    return [named[name] for name in dict.fromkeys(only)]
+
+
+def _caption(job: Job, folder: Path, name: str, config: Any, targets: list[Target], add: bool, trigger: str, device: str) -> dict[str, int]:
     from trainer.hardware import choose
 
-    job.emit("stage", name="loading")
-    targets = [(image, target) for image, target, text in place(listing(folder)) if not (only_missing and text)]
-    hardware = choose(device)
+    kind, hardware = CAPTIONERS[name], choose(device)
     start = {"name": name, "total": len(targets), "device": hardware.name, "dtype": hardware.dtype, "reasons": list(hardware.reasons)}
     job.emit("started", **start)
     if hardware.warning:
@@ -69,31 +122,37 @@ def _caption(job: Job, folder: Path, kind: Any, name: str, config: Any, only_mis
         def say(text: str) -> None:
             job.emit("stage", name="downloading" if text.startswith("Downloading") else "loading", text=text)
 
-        source = job.wait(lambda: kind.resolve(config.source, say))
+        source = job.wait(lambda: files.resolve(kind.shape, config.source, say))
         job.emit("stage", name="loading")
-        write = kind.build(config, source, hardware.device, hardware.dtype)
+        write = kind.build(config, source, hardware.device, hardware.dtype, lambda text: job.emit("chosen", text=text))
         job.emit("stage", name="captioning")
         for at in range(0, len(targets), config.batch):
             job.check()
             began, opened = time.time(), []
-            for image, target in targets[at : at + config.batch]:
+            for image, target, old in targets[at : at + config.batch]:
                 try:
-                    opened.append((image, target, open_rgb(image)))
+                    opened.append((image, target, old, open_rgb(image)))
                 except (*DAMAGED, PIL.Image.DecompressionBombError) as error:
                     skipped += 1
                     job.emit("warning", text=f"{image.name} cannot be read and was passed over ({error}). Copy it again or remove it.")
             texts = write([rgb for *_, rgb in opened]) if opened else []
             seconds = round((time.time() - began) / max(1, len(texts)), 2)
-            for (image, target, _), text in zip(opened, texts, strict=True):
-                backup(target, folder, job.run.root / "backup")
-                write_atomic(target, f"{text}\n", "a caption")
+            for (image, target, old, _), new in zip(opened, texts, strict=True):
+                if not new:
+                    skipped += 1
+                    job.emit("warning", text=f"{image.name} was passed over: the captioner found nothing to say of it.")
+                    continue
+                text = combined(old, new, trigger, add)
+                if text != old:
+                    backup(target, folder, job.run.root / "backup")
+                    write_atomic(target, f"{text}\n", "a caption")
                 done += 1
                 file = image.relative_to(folder).as_posix()
                 job.emit("captioned", done=done, total=len(targets), file=file, text=text, seconds=seconds)
     return {"done": done, "total": len(targets), "skipped": skipped}
 
 
-def place(found: Sequence[tuple[Path, Path | None, str]]) -> list[tuple[Path, Path, str]]:
+def place(found: Sequence[tuple[Path, Path | None, str]]) -> list[Target]:
     """(image, the file that its caption goes to, the text it has now): the file that the trainer reads for this image alone.
 
     That is the one it has; `a.txt` for an image `a.png` without; `a.png.txt` where images share it, or would.

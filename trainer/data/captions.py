@@ -13,6 +13,28 @@ def contains(caption: str, words: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", caption, re.IGNORECASE) is not None
 
 
+def parts_of(text: str) -> list[str]:
+    """What stands between the commas; empty parts vanish."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def without(text: str, tags: str) -> str:
+    """`text` less the parts that are one of `tags` (with commas between), in upper or lower case; as it is where none is."""
+    gone = {tag.casefold() for tag in parts_of(tags)}
+    kept = [part for part in parts_of(text) if part.casefold() not in gone]
+    return ", ".join(kept) if len(kept) < len(parts_of(text)) else text
+
+
+def trigger_first(text: str, trigger: str) -> str:
+    """`text`, unless it is empty, with `trigger` at its beginning; a part that is the trigger moves there."""
+    if not text or re.match(rf"{re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
+        return text
+    rest = without(text, trigger)
+    if rest == text and contains(text, trigger):  # inside a sentence: it is there, and twice would weigh more
+        return text
+    return f"{trigger}, {rest}" if rest else trigger
+
+
 def with_trigger(caption: str, trigger: str, class_word: str) -> str:
     """`caption` with `trigger` put first where it lacks it; an empty caption becomes `trigger class_word`. All may be empty.
 
@@ -51,8 +73,8 @@ def draw(caption: str, source: DataConfig, config: DatasetConfig, rng: random.Ra
         return ""
     held, mark, rest = text.partition(config.keep_separator) if config.keep_separator else ("", "", text)
     if dropping or mark:
-        fixed = _parts(held)
-        text = ", ".join([*fixed, *_shuffled(_parts(rest), max(0, config.keep_tags - len(fixed)), source.trigger, config, rng, dropping)])
+        fixed = parts_of(held)
+        text = ", ".join([*fixed, *_shuffled(parts_of(rest), max(0, config.keep_tags - len(fixed)), source.trigger, config, rng, dropping)])
     if source.prefix or source.suffix:
         text = re.sub(r"\s+,", ",", " ".join(f"{source.prefix} {text} {source.suffix}".split()))
     return text
@@ -68,7 +90,7 @@ _CHOICE = re.compile(r"\{([^{}|]*(?:\|[^{}|]*)+)\}")
 def _shuffled(parts: list[str], keep: int, trigger: str, config: DatasetConfig, rng: random.Random, dropping: bool) -> list[str]:
     if not dropping:
         return parts
-    names = _parts(trigger)
+    names = parts_of(trigger)
     movable = [i for i, part in enumerate(parts) if i >= keep and not any(contains(part, name) for name in names)]
     dropped = {i for i in movable if rng.random() < config.tag_dropout}
     keys = {i: rng.random() for i in movable}
@@ -87,7 +109,3 @@ def as_class(caption: str, trigger: str, class_word: str) -> str:
     text = re.sub(rf"(?<!\w){re.escape(trigger)}(?!\w)", class_word, caption, flags=re.IGNORECASE)
     twice = rf"(?<!\w){re.escape(class_word)}(?:,?\s+(?:an?\s+|the\s+)?{re.escape(class_word)})+(?!\w)"
     return re.sub(twice, class_word, text, flags=re.IGNORECASE)
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]

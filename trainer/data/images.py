@@ -52,11 +52,22 @@ def open_rgb(path: Path, background: str = "#ffffff", least: int | None = None) 
     DAMAGED if it cannot be decoded; `scan` has tried each file before.
     """
     with PIL.Image.open(path, formats=(*FORMATS, "TIFF", "GIF")) as image:
-        if least and (scale := least / min(image.size)) < 1:
-            image.draft(image.mode, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        if least:
+            shrink(image, least)
         image.load()
-        upright = turn(image)
-        rgb = _rgb(image, background)
+        return to_rgb(image, background)
+
+
+def shrink(image: PIL.Image.Image, least: int) -> None:
+    """Let a JPEG that is not loaded yet come at a half, a quarter or an eighth, its shorter side at least so many pixels."""
+    if (scale := least / min(image.size)) < 1:
+        image.draft(image.mode, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+
+
+def to_rgb(image: PIL.Image.Image, background: str = "#ffffff") -> PIL.Image.Image:
+    """A loaded image upright, in mode RGB (sRGB), with transparent parts laid on `background`."""
+    upright = turn(image)
+    rgb = _rgb(image, background)
     return rgb.transpose(upright) if upright is not None else rgb
 
 

@@ -9,22 +9,25 @@ cropped: {"a.png": [0.5, 0.2]}, from its left and its top in shares of its sides
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import json
 import os
 import re
+import threading
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import PIL.Image
 
 from trainer.config import DataConfig
 from trainer.data.captions import with_trigger
-from trainer.data.images import DAMAGED, FORMATS, PIXEL_LIMIT, SIDEWAYS, turn
+from trainer.data.images import DAMAGED, FORMATS, PIXEL_LIMIT, SIDEWAYS, shrink, turn
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", *((".avif",) if "AVIF" in FORMATS else ()))
 _OTHER = ".avif .gif .tif .tiff .heic .heif .jfif .jp2 .jxl .psd .tga .svg .dng .cr2 .cr3 .nef .arw"
@@ -260,7 +263,19 @@ def decode(raw: bytes, lines: bool = False) -> tuple[str, bool]:
     return " ".join(text.split()), utf8
 
 
-def inspect(path: Path) -> tuple[str, int, int] | str:
+class Eyes(Protocol):
+    """Who looks at each image while it is decoded to prove that it does, so that nobody has to decode it again."""
+
+    least: int  # pixels that the shorter side of a JPEG must keep
+
+    def knows(self, digest: str) -> tuple[int, int] | None:
+        """Upright width and height of an image that was seen to decode before, by the SHA-256 of its file; it is not decoded again."""
+
+    def see(self, digest: str, image: PIL.Image.Image, size: tuple[int, int]) -> None:
+        """Look at a loaded image of upright `size`; it may have come smaller, and not upright."""
+
+
+def inspect(path: Path, eyes: Eyes | None = None) -> tuple[str, int, int] | str:
     """SHA-256, upright width and height of an image that decodes; else the rest of a sentence that begins with its path.
 
     A good file is not read again in this process while it stays the same by inode (path where there is none), size and time, also
@@ -269,9 +284,9 @@ def inspect(path: Path) -> tuple[str, int, int] | str:
     try:
         now = path.stat()
     except (OSError, ValueError):
-        return _read(path)
+        return _read(path, eyes)
     seen = ((now.st_dev, now.st_ino) if now.st_ino else str(path), now.st_size, now.st_mtime_ns)
-    found = _good.get(seen) or _read(path)
+    found = _good.get(seen) or _read(path, eyes)
     if not isinstance(found, str):
         if len(_good) >= _GOOD_LIMIT:
             _good.clear()
@@ -279,29 +294,51 @@ def inspect(path: Path) -> tuple[str, int, int] | str:
     return found
 
 
+def forget() -> None:
+    """Read every file again at its next `inspect`."""
+    _good.clear()
+
+
 _GOOD_LIMIT = 20_000
 _good: dict[tuple[str | tuple[int, int], int, int], tuple[str, int, int]] = {}
 
 
-def _read(path: Path) -> tuple[str, int, int] | str:
+HUGE = 40_000_000  # pixels: such images are decoded one at a time, since each takes hundreds of MB
+_huge = threading.Lock()
+
+
+@contextlib.contextmanager
+def alone_if(pixels: int) -> Iterator[None]:
+    """One image at a time in there, where it is a huge one."""
+    with _huge if pixels > HUGE else contextlib.nullcontext():
+        yield
+
+
+def _read(path: Path, eyes: Eyes | None) -> tuple[str, int, int] | str:
     try:
         if not path.is_file():
             return "is no file (a link to nothing?); remove it, or put the image there."
         with path.open("rb") as file:
             if not path.stat().st_size:
                 return "is empty (0 bytes); copy it again or remove it."
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if eyes and (size := eyes.knows(digest)):
+                return digest, *size
+            file.seek(0)
             with PIL.Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
                 if width * height > PIXEL_LIMIT:
                     return _too_large(f"{width} x {height} = {width * height:,}")
                 if min(width, height) < LEAST_SIDE:
                     return f"is {width} x {height} pixels; each side must be at least {LEAST_SIDE}. Use a larger version or remove it."
-                image.draft(image.mode, (1, 1))  # a JPEG may decode to an eighth: every byte is read, in half the time
-                image.load()
-                if turn(image) in SIDEWAYS:
-                    width, height = height, width
-            file.seek(0)
-            return hashlib.file_digest(file, "sha256").hexdigest(), width, height
+                shrink(image, eyes.least if eyes else 1)  # a JPEG may decode to an eighth: every byte is read, in half the time
+                with alone_if(width * height):
+                    image.load()
+                    if turn(image) in SIDEWAYS:
+                        width, height = height, width
+                    if eyes:
+                        eyes.see(digest, image, (width, height))
+            return digest, width, height
     except PIL.UnidentifiedImageError:
         return f"holds no image of a kind that is read ({', '.join(FORMATS)}), whatever its name says; save it as .png, or remove it."
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:

@@ -4,8 +4,11 @@
     python -m trainer.demo.build unet --work .build --unet-seconds 270     # trains UNet + text encoder, writes the folder
     python -m trainer.demo.build data --out assets/demo                    # draws the demo data sets
     python -m trainer.demo.build measure --out assets/demo                 # measures what stands there
+    python -m trainer.demo.build captioner                                 # trains the demo captioner on one CPU core
+    python -m trainer.demo.build measure-captioner                         # ... and measures it
+    python -m trainer.demo.build measure-prior --seeds 2                   # what prior preservation keeps (trainer/demo/prior.py)
 
-The first two want a GPU (an H200 in the times above); all are plain functions of the seed up to the GPU's own rounding.
+The first two want a GPU (an H200 in the times above); all are plain functions of the seed up to the machine's own rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trainer.demo import measure, world
+from trainer.demo import captioner, measure, prior, world
 
 SIZE = 128
 VAE_CHANNELS = (32, 64, 96, 128)
@@ -486,9 +489,36 @@ def stage_measure(args: argparse.Namespace, device: str) -> None:
     print(json.dumps(result, indent=1))
 
 
+def stage_captioner(args: argparse.Namespace, device: str) -> None:
+    captioner.train(args.out / "captioner", measure.load_classifier(args.out / "classifier.safetensors"), args.captioner_steps)
+
+
+def stage_measure_captioner(args: argparse.Namespace, device: str) -> None:
+    result = captioner.measure_it(args.out / "captioner", args.captioned)
+    (args.out / "captioner.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+def stage_measure_prior(args: argparse.Namespace, device: str) -> None:
+    rows = prior.compare_weights(args.work / "prior", args.seeds)
+    (args.out / "prior.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(prior.table(rows))
+
+
+STAGES = {
+    "vae": stage_vae,
+    "unet": stage_unet,
+    "data": stage_data,
+    "measure": stage_measure,
+    "captioner": stage_captioner,
+    "measure-captioner": stage_measure_captioner,
+    "measure-prior": stage_measure_prior,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "unet", "data", "measure"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, default=Path(".build"), help="folder for what lies between the stages")
     parser.add_argument("--out", type=Path, default=Path("assets/demo"))
     parser.add_argument("--pictures", type=int, default=96_000)
@@ -497,9 +527,12 @@ def main() -> None:
     parser.add_argument("--classifier-steps", type=int, default=1500)
     parser.add_argument("--prompts", type=int, default=112)
     parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--captioner-steps", type=int, default=3000)
+    parser.add_argument("--captioned", type=int, default=1000, help="pictures that measure-captioner draws")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings with each weight in measure-prior")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    {"vae": stage_vae, "unet": stage_unet, "data": stage_data, "measure": stage_measure}[args.stage](args, device)
+    STAGES[args.stage](args, device)
 
 
 if __name__ == "__main__":

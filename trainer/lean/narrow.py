@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,15 +249,15 @@ def conv_backward(
     ]
 
 
-def pack_layers(model: nn.Module, bits: int, device: torch.device, home: torch.device) -> int:
-    """Put packed layers in the place of the large frozen ones inside the blocks of `model`; returns how many.
+def pack_layers(model: nn.Module, bits: int, device: torch.device, home: torch.device, blocks: Set[str] = BLOCKS) -> int:
+    """Put packed layers in the place of the large frozen ones inside the modules of `model` named in `blocks`; returns how many.
 
     One weight at a time goes to `device`, is packed there and dropped; the packed ones, as all else of the model, end on `home`.
     Convolutions are those with a kernel of 1 or 3 without groups or dilation.
     """
     count = 0
     for path, module in list(model.named_modules()):
-        if not _large(path, module):
+        if not _large(path, module, blocks):
             continue
         packed = pack(module.weight.detach().to(device), bits)
         packed = Packed(packed.codes.to(home), packed.scales.to(home), packed.shape, packed.dtype)
@@ -267,8 +267,8 @@ def pack_layers(model: nn.Module, bits: int, device: torch.device, home: torch.d
     return count
 
 
-def _large(path: str, module: nn.Module) -> bool:
-    if type(module) not in (nn.Linear, nn.Conv2d) or not BLOCKS.intersection(path.split(".")):
+def _large(path: str, module: nn.Module, blocks: Set[str] = BLOCKS) -> bool:
+    if type(module) not in (nn.Linear, nn.Conv2d) or blocks.isdisjoint(path.split(".")):
         return False
     if type(module) is nn.Conv2d:
         usual = (

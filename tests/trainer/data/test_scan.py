@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import pytest
 from PIL import features
 
 from trainer.config import DataConfig
-from trainer.data.scan import SUFFIXES, DataError, scan
+from trainer.data import scan as scan_module
+from trainer.data.scan import SUFFIXES, DataError, inspect, scan
 
 
 def write(path: Path, size: tuple[int, int] = (40, 30), caption: str | None = None, **options) -> Path:
@@ -380,3 +382,40 @@ def test_several_captions_stand_one_a_line(tmp_path):
     write(tmp_path / "a.png", caption="one  cat\n\n ohwx sits\r\n")
     assert captions(tmp_path, trigger="ohwx") == {"a.png": "ohwx, one cat ohwx sits"[6:]}
     assert captions(tmp_path, trigger="ohwx", several_captions=True) == {"a.png": "ohwx, one cat\nohwx sits"}
+
+
+# ---- one decoding for two
+
+
+class Looking:
+    """Eyes that keep what they see; `known` are the sides of images by their digests."""
+
+    least = 100
+
+    def __init__(self, known: dict[str, tuple[int, int]] | None = None) -> None:
+        self.known, self.seen = known or {}, []
+
+    def knows(self, digest):
+        return self.known.get(digest)
+
+    def see(self, digest, image, size):
+        self.seen.append((digest, image.size, size))
+
+
+def test_who_looks_at_an_image_sees_the_one_decoding(tmp_path, monkeypatch):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    dots = PIL.Image.effect_noise((1600, 1200), 50).convert("RGB")
+    dots.save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:20_000])
+    decodings = []
+    load = PIL.ImageFile.ImageFile.load
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda image: decodings.append(1) or load(image))
+    eyes = Looking()
+    digest, width, height = inspect(tmp_path / "a.jpg", eyes)
+    assert (width, height) == (1200, 1600) and eyes.seen == [(digest, (200, 150), (1200, 1600))]  # not upright, at an eighth: still 100
+    assert inspect(tmp_path / "a.jpg", eyes) == (digest, 1200, 1600) and len(decodings) == len(eyes.seen) == 1
+    assert "damaged or cut off" in inspect(tmp_path / "b.jpg", eyes) and len(eyes.seen) == 1
+    scan_module.forget()
+    decodings.clear()
+    assert inspect(tmp_path / "a.jpg", Looking({digest: (1200, 1600)})) == (digest, 1200, 1600) and decodings == []
