@@ -168,8 +168,9 @@ def train(out: Path, teacher: measure.SubjectClassifier, steps: int) -> None:
             order = torch.cat([torch.randperm(POOL) for _ in range(REUSE)])
         index, order = order[:BATCH], order[BATCH:]
         ids = tokens[index]
+        falling = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * step / (1.5 * steps)))  # to a quarter
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min((step + 1) / WARMUP, 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+            group["lr"] = RATE * min((step + 1) / WARMUP, falling)
         said = model(pixel_values=pixels[index], input_ids=ids, attention_mask=(ids != 0).long())
         words = F.cross_entropy(said.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), counts, ignore_index=0)
         looks = F.mse_loss(head(said.image_embeds[:, 1:]), seen[index]) / seen.var()
@@ -209,7 +210,7 @@ def score(scenes: dict[str, world.Scene], captions: dict[str, str]) -> dict[str,
 
 
 def measure_it(model: Path, count: int) -> dict[str, object]:
-    """Caption `count` pictures that were never trained on, and the example's own, by the job that the page starts too."""
+    """Caption `count` pictures that were never trained on, by the job that the page starts too."""
     from trainer.captioners.job import caption
 
     with tempfile.TemporaryDirectory() as temp:
@@ -221,9 +222,6 @@ def measure_it(model: Path, count: int) -> dict[str, object]:
         seconds = time.time() - start
         captions = {name: (folder / name).with_suffix(".txt").read_text(encoding="utf-8").strip() for name in scenes}
     rates = {key: round(rate, 4) for key, rate in score(scenes, captions).items()}
-    return {
-        "pictures": count,
-        **rates,
-        "exact": round(sum(captions[n] == told(s) for n, s in scenes.items()) / count, 4),
-        "seconds": round(seconds),
-    }
+    exact = sum(captions[name] == told(s) for name, s in scenes.items()) / count
+    size = sum(p.stat().st_size for p in model.iterdir()) / 1e6
+    return {"pictures": count, **rates, "exact": round(exact, 4), "megabytes": round(size, 1), "seconds": round(seconds)}
