@@ -183,6 +183,16 @@ def train(out: Path, teacher: measure.SubjectClassifier, steps: int) -> None:
             print(
                 f"captioner {step + 1} of {steps}, words {running[0]:.3f}, looks {running[1]:.3f}, {time.time() - start:.0f} s", flush=True
             )
+    save(model, out)
+
+
+def save(model, out: Path) -> None:
+    """Write the model in fp16, with places for all the tokens that a captioner may write, should it find no end; it learnt those it needs."""
+    embeddings, size = model.text_decoder.bert.embeddings, 64
+    learnt = embeddings.position_embeddings.weight.detach()
+    embeddings.position_embeddings = torch.nn.Embedding.from_pretrained(F.pad(learnt, (0, 0, 0, size - len(learnt))))
+    embeddings.position_ids = torch.arange(size)[None]
+    model.config.text_config.max_position_embeddings = model.text_decoder.config.max_position_embeddings = size
     model.eval().half().save_pretrained(out)
     for path in out.glob("generation_config.json"):
         path.unlink()
