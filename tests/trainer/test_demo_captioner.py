@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.captioners import blip
+from trainer.captioners import blip, files
 from trainer.captioners.job import caption
 from trainer.demo import captioner, measure, world
 from trainer.demo.run import DEMO
@@ -20,7 +20,7 @@ def captions(folder: Path, job: Path) -> dict[str, str]:
 
 
 def test_it_is_small_and_does_not_know_the_invented_word():
-    blip.resolve(str(MODEL), lambda text: pytest.fail(text))
+    assert files.resolve(blip.SHAPE, str(MODEL), pytest.fail) == MODEL
     assert sum(p.stat().st_size for p in MODEL.iterdir()) < 10_000_000
     words = (MODEL / "vocab.txt").read_text(encoding="utf-8").split("\n")
     assert words[:-1] == captioner.vocabulary() and "zorp" not in words and {"owl", "creature", "sunset"} <= set(words)

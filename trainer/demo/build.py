@@ -527,7 +527,7 @@ def main() -> None:
     parser.add_argument("--classifier-steps", type=int, default=1500)
     parser.add_argument("--prompts", type=int, default=112)
     parser.add_argument("--guidance", type=float, default=4.0)
-    parser.add_argument("--captioner-steps", type=int, default=3000)
+    parser.add_argument("--captioner-steps", type=int, default=2000)
     parser.add_argument("--captioned", type=int, default=1000, help="pictures that measure-captioner draws")
     parser.add_argument("--seeds", type=int, default=2, help="trainings with each weight in measure-prior")
     args = parser.parse_args()

@@ -168,8 +168,9 @@ def train(out: Path, teacher: measure.SubjectClassifier, steps: int) -> None:
             order = torch.cat([torch.randperm(POOL) for _ in range(REUSE)])
         index, order = order[:BATCH], order[BATCH:]
         ids = tokens[index]
+        falling = 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * step / (1.5 * steps)))  # to a quarter
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min((step + 1) / WARMUP, 0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * step / steps)))
+            group["lr"] = RATE * min((step + 1) / WARMUP, falling)
         said = model(pixel_values=pixels[index], input_ids=ids, attention_mask=(ids != 0).long())
         words = F.cross_entropy(said.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), counts, ignore_index=0)
         looks = F.mse_loss(head(said.image_embeds[:, 1:]), seen[index]) / seen.var()
@@ -182,6 +183,16 @@ def train(out: Path, teacher: measure.SubjectClassifier, steps: int) -> None:
             print(
                 f"captioner {step + 1} of {steps}, words {running[0]:.3f}, looks {running[1]:.3f}, {time.time() - start:.0f} s", flush=True
             )
+    save(model, out)
+
+
+def save(model, out: Path) -> None:
+    """Write the model in fp16, with places for all the tokens that a captioner may write, should it find no end; it learnt those it needs."""
+    embeddings, size = model.text_decoder.bert.embeddings, 64
+    learnt = embeddings.position_embeddings.weight.detach()
+    embeddings.position_embeddings = torch.nn.Embedding.from_pretrained(F.pad(learnt, (0, 0, 0, size - len(learnt))))
+    embeddings.position_ids = torch.arange(size)[None]
+    model.config.text_config.max_position_embeddings = model.text_decoder.config.max_position_embeddings = size
     model.eval().half().save_pretrained(out)
     for path in out.glob("generation_config.json"):
         path.unlink()
@@ -209,7 +220,7 @@ def score(scenes: dict[str, world.Scene], captions: dict[str, str]) -> dict[str,
 
 
 def measure_it(model: Path, count: int) -> dict[str, object]:
-    """Caption `count` pictures that were never trained on, and the example's own, by the job that the page starts too."""
+    """Caption `count` pictures that were never trained on, by the job that the page starts too."""
     from trainer.captioners.job import caption
 
     with tempfile.TemporaryDirectory() as temp:
@@ -221,9 +232,6 @@ def measure_it(model: Path, count: int) -> dict[str, object]:
         seconds = time.time() - start
         captions = {name: (folder / name).with_suffix(".txt").read_text(encoding="utf-8").strip() for name in scenes}
     rates = {key: round(rate, 4) for key, rate in score(scenes, captions).items()}
-    return {
-        "pictures": count,
-        **rates,
-        "exact": round(sum(captions[n] == told(s) for n, s in scenes.items()) / count, 4),
-        "seconds": round(seconds),
-    }
+    exact = sum(captions[name] == told(s) for name, s in scenes.items()) / count
+    size = sum(p.stat().st_size for p in model.iterdir()) / 1e6
+    return {"pictures": count, **rates, "exact": round(exact, 4), "megabytes": round(size, 1), "seconds": round(seconds)}
