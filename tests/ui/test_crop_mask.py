@@ -164,3 +164,18 @@ def test_a_run_shows_what_a_step_is_trained_on(open_page, app, settings):
     expect(page.get_by_alt_text("The images of step 2")).to_be_visible(timeout=60_000)
     expect(page.locator("#batch li").first).to_contain_text(".png")
     assert violations(page) == []
+
+
+def test_the_page_with_all_of_it_open_is_no_wider_than_a_phone(page, open_page, app):
+    wide = next(i for i in app.get("/images")["images"] if i["name"] == "wide 1.png")
+    phone = open_page("/", width=390)
+    expect(phone.locator("#advice")).to_be_visible()
+    for name in ("#crops-masks", "#seen"):
+        phone.locator(f"{name} summary").click()
+    expect(phone.locator(".nl-seen-row").first).to_be_visible()
+    right = "() => Math.max(...[...document.querySelectorAll('.nl-masks, .nl-masks *, .nl-seen *')].map(e => e.closest('.nl-seen-frame') ? 0 : e.getBoundingClientRect().right))"
+    assert phone.evaluate(right) <= 390
+    phone.locator(f"[data-image='{wide['id']}'] .nl-adjust").click()
+    for mode in ("#mode-crop", "#mode-mask"):
+        phone.locator(mode).click()
+        assert phone.evaluate("() => { const d = document.querySelector('dialog[open]'); return d.scrollWidth - d.clientWidth; }") == 0
