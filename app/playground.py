@@ -68,7 +68,14 @@ def ask(home: Home, runner: Runner, wanted: dict[str, Any]) -> str:
 def _check_free(home: Home, runner: Runner) -> None:
     others = [(path, kind) for path, kind in runner.busy() if kind != SERVE]
     if others or runner.jobs.list():
-        what = {"train": "A training", "compare": "A comparison", "caption": "Captioning", "mask": "Masking", "measure": "A measurement"}
+        what = {
+            "train": "A training",
+            "compare": "A comparison",
+            "caption": "Captioning",
+            "mask": "Masking",
+            "batch": "A look at a batch",
+            "measure": "A measurement",
+        }
         kind = what.get(others[0][1] if others else runner.jobs.list()[0].kind, "Another job")
         raise Problem(f"{kind} is using this machine now, so the playground has to wait. Try again when it has ended.", 409)
 

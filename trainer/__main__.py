@@ -314,12 +314,15 @@ def _mask(args: argparse.Namespace) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from trainer.batch import batch
+    from trainer.batch import batch, free, job
 
-    for row in batch(args.source, args.step, args.out, args.device, lambda text: print(text, file=sys.stderr)):
+    if args.run_dir:
+        return _end(job(args.source, args.step, args.run_dir, args.device, _tell))
+    out = free(args.out or Path(f"batch-{args.step}.png"))
+    for row in batch(args.source, args.step, out, args.device, lambda text: print(text, file=sys.stderr)):
         how = "".join(words for words, is_so in ((", mirrored", row["mirrored"]), (", masked", row["masked"])) if is_so)
         print(f"{row['file']}{how}: {row['caption'] or '(no caption)'}")
-    print(args.out)
+    print(out)
     return 0
 
 
@@ -429,7 +432,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", type=Path, help="folder of a run, or a configuration file")
     p.add_argument("--step", type=int, default=1, metavar="N")
     p.add_argument("--device", default="auto")
-    p.add_argument("--out", type=Path, default=Path("batch.png"), help="the picture (default: batch.png)")
+    p.add_argument("--out", type=Path, help="the picture (default: batch-N.png); where there is one, another name is taken")
+    p.add_argument("--run-dir", type=Path, help="folder of the job, for the app: its events and the picture")
     p.set_defaults(call=_batch)
 
     p = commands.add_parser("compare", help="measure and draw what a run's LoRAs do, and recommend one")

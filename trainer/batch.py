@@ -6,7 +6,9 @@ masked the wrong way shows here, whatever the page says.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import PIL.Image
 
 from trainer import course, events, imports, plan, run
 from trainer.config.load import load
-from trainer.run_dir import RunDir
+from trainer.job import Show, work
+from trainer.run_dir import RunDir, write_atomic
 
 ACROSS, GAP = 4, 8  # pictures in a row, and pixels between them
 LEFT = 0.25  # brightness of what counts nothing
@@ -54,9 +57,30 @@ def batch(source: Path, step: int, out: Path, device: str = "auto", say: Callabl
             shown = LEFT + (1 - LEFT) * (counts.flip(-1) if row.flip else counts)
             grey = PIL.Image.fromarray((255 * shown).round().byte().numpy()).resize(pictures[k].size, PIL.Image.Resampling.NEAREST)
             pictures[k] = PIL.Image.composite(pictures[k], PIL.Image.new("RGB", pictures[k].size), grey)
+    raw = io.BytesIO()
+    _sheet(pictures).save(raw, "PNG")
     out.parent.mkdir(parents=True, exist_ok=True)
-    _sheet(pictures).save(out)
+    write_atomic(out, raw.getvalue(), "the picture of a batch")
     return rows
+
+
+def job(source: Path, step: int, root: Path, device: str = "auto", show: Show = lambda event: None) -> str:
+    """The same as a job (trainer/job.py) in the folder `root`, for the app; the picture is batch.png there.
+
+    The `finished` event has step and rows: file, caption, mirrored, masked.
+    """
+
+    def body(job: Any) -> dict[str, Any]:
+        rows = batch(source, step, root / "batch.png", device, lambda text: job.emit("warning", text=text))
+        told = ("caption", "mirrored", "masked")
+        return {"step": step, "rows": [{"file": row["file"].name, **{k: row[k] for k in told}} for row in rows]}
+
+    return work(root, {"job": "batch", "run": str(source), "step": step, "device": device}, body, show)
+
+
+def free(path: Path) -> Path:
+    """A path beside `path` where nothing is yet: that itself, or with a number behind."""
+    return next(p for k in count(1) if not (p := path if k == 1 else path.with_stem(f"{path.stem}-{k}")).exists())
 
 
 def _as_it_went(laid: plan.Plan, config: Any, folder: RunDir) -> tuple[plan.Plan, Any]:

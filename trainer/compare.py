@@ -57,6 +57,7 @@ from typing import TYPE_CHECKING, Any
 from trainer import events, plan, randomness
 from trainer.config import TrainConfig
 from trainer.data.captions import contains
+from trainer.data.scan import Known
 from trainer.job import Job, Show, work
 from trainer.run_dir import RunDir, RunError, replace, write_json
 
@@ -140,7 +141,7 @@ def _compare(job: Job, run: RunDir, device: str) -> dict[str, Any]:
     model = config.model
     studio: Studio = job.wait(lambda: Studio(model.source, device=device, say=say, model=model))
     studio.models.windows, studio.models.weighted = config.dataset.text_windows, config.dataset.prompt_weights
-    laid = plan.make(config, studio.native, studio.family.name)
+    laid = plan.make(config, studio.native, studio.family.name, eyes=Known(run.images))
     prompts, plain = choose_prompts(config, laid)
     scored, shown = spread(files, SCORED), spread(files, ROWS)
     total = len(scored) + 2 + 2 + len(shown) * len(prompts) * len(STRENGTHS)  # two more measures of the last file; two pictures

@@ -17,7 +17,7 @@ from trainer import randomness
 from trainer.config import DataConfig, TrainConfig
 from trainer.data import captions
 from trainer.data.buckets import Placement, place, step_of
-from trainer.data.scan import Image, scan
+from trainer.data.scan import Eyes, Image, scan
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ class Plan:
         return dict(Counter(self.bucket(k) for k in range(len(self.images))).most_common())
 
 
-def make(config: TrainConfig, native_resolution: int, family: str | None = None) -> Plan:
-    """Scan the folders and lay out the run. `native_resolution` is the base's own side in pixels, `family` its family.
+def make(config: TrainConfig, native_resolution: int, family: str | None = None, eyes: Eyes | None = None) -> Plan:
+    """Scan the folders and lay out the run. `native_resolution` is the base's own side in pixels, `family` its family; `eyes` may know images.
 
     Raises trainer.data.scan.DataError with every problem of the data at once, and ValueError for a bucket step that does not fit.
     """
     resolution = config.dataset.resolution or native_resolution
     step = step_of(resolution, config.dataset.bucket_step, family)
-    found = scan(config.data)
+    found = scan(config.data, eyes=eyes)
     warnings = list(found.warnings)
     kinds = [d.kind for d in config.data]
     groups = {k: [i for i in found.images if kinds[i.source] == k] for k in ("train", "validation", "prior")}

@@ -18,7 +18,7 @@ from typing import Any
 
 from trainer import control, course, events, imports, memory, plan, randomness
 from trainer.config import TrainConfig
-from trainer.data.scan import scan
+from trainer.data.scan import Known, scan
 from trainer.families import sources
 from trainer.formats import probe
 from trainer.hardware import Hardware, cap, choose, free_gib
@@ -39,8 +39,8 @@ class Prepared:
     plan: plan.Plan
 
 
-def prepare(config: TrainConfig, say: Callable[[str], None], resumed: bool = False) -> Prepared:
-    """Resolve the base and lay out the data. Raises ValueError (its subclasses) with every problem in sentences.
+def prepare(config: TrainConfig, say: Callable[[str], None], resumed: bool = False, known: Path | None = None) -> Prepared:
+    """Resolve the base and lay out the data; `known` is a run's file of images that decode (RunDir.images). Raises ValueError (its subclasses) with every problem in sentences.
 
     What training starts from (adapter.start) matters no more to a run that is `resumed` from a checkpoint.
     """
@@ -50,7 +50,8 @@ def prepare(config: TrainConfig, say: Callable[[str], None], resumed: bool = Fal
     family = sources.family_of(path, config.model.family)
     if config.adapter.start and not resumed:
         _check_start(config.adapter.start, family)
-    return Prepared(config, path, family, plan.make(config, families.get(family).native_resolution(path, config.model.prediction), family))
+    native = families.get(family).native_resolution(path, config.model.prediction)
+    return Prepared(config, path, family, plan.make(config, native, family, eyes=known and Known(known)))
 
 
 class Again(Exception):
@@ -227,7 +228,7 @@ def _train(
     emit("stage", name="loading")
     last = run.last_checkpoint() if resume else None
     room.done = start = last[0] if last else 0
-    ready = prepare(config, lambda text: emit("warning", text=text), resumed=last is not None)
+    ready = prepare(config, lambda text: emit("warning", text=text), resumed=last is not None, known=run.images)
     for text in ready.plan.warnings:
         emit("warning", text=text)
     cap(device)

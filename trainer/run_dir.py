@@ -42,6 +42,7 @@ class RunDir:
         self.events = self.root / "events.jsonl"
         self.log = self.root / "log.txt"
         self.control = self.root / "control"
+        self.images = self.root / "images.json"  # {SHA-256: [width, height]} of images that the app has seen to decode
         self.previews = self.root / "previews"
         self.checkpoints = self.root / "checkpoints"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from app.api import datasets, draft, images, masks, models, results, runs, settings, tools
+from app.api import batch, datasets, draft, images, masks, models, results, runs, settings, tools
 
 router = APIRouter(prefix="/api")
-for module in (draft, masks, images, datasets, models, runs, results, settings, tools):
+for module in (batch, draft, masks, images, datasets, models, runs, results, settings, tools):
     router.include_router(module.router)

@@ -23,7 +23,7 @@ from app.datasets import Dataset
 from app.errors import Problem
 from app.paths import Home
 from trainer.captioners import CAPTIONERS, KNOWN, Known, kind_of, qwen
-from trainer.captioners.files import SourceError
+from trainer.captioners.files import HUB_ID, SourceError
 from trainer.data.scan import inspect
 from trainer.formats.probe import FormatError
 
@@ -247,6 +247,7 @@ def _about(home: Home, kept: settings.Settings, now: dict[str, Any], style: str)
     known = next((k for k in KNOWN if k.source == source), None)
     about = {"source": source, "size_mb": size, "there": there, "note": note, "built_in": source == str(draft.EXAMPLE_CAPTIONER)}
     named = Path(source).name if Path(source).expanduser().is_dir() else source
+    about["usable"] = there or HUB_ID.fullmatch(source) is not None
     about |= {"title": known.title if known else named, "licence": known.licence if known else "", "prompt": None, "own_prompt": ""}
     if _kind(source) == "qwen":
         own = qwen.Config(purpose=now["purpose"], class_word=now["class_word"])
@@ -331,6 +332,9 @@ def caption(request: Request, body: CaptionBody) -> dict[str, Any]:
         if not count:
             raise Problem("Every image has a caption already." if data.count() else "There are no images yet. Add some first.", 409)
         kept, now = settings.load(home), draft.load(home)
+        about = _about(home, kept, now, body.style)
+        if not about["usable"]:
+            raise Problem(about["note"], 409)
         folder = home.jobs / f"{time.strftime('%Y%m%d-%H%M%S')}-caption-{secrets.token_hex(3)}"
         words = ["caption", str(data.images), *_words(home, kept, now, body.style), "--run-dir", str(folder)]
         words += {"missing": [] if only else ["--only-missing"], "add": ["--add"], "all": []}[body.which]

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from app import datasets, draft, exchange, forms, models, preflight, run_reader, settings
+from app import datasets, draft, exchange, forms, models, pictures, preflight, run_reader, settings
 from app.context import Context, of
 from app.errors import Problem
 from app.paths import Home
@@ -25,8 +25,8 @@ from app.run_reader import Run
 from app.runner import LIVE, Look
 from trainer.config import TrainConfig
 from trainer.config.load import ConfigError, load, validate
-from trainer.data.scan import DataError, scan
-from trainer.run_dir import write_json
+from trainer.data.scan import DataError, listing, scan
+from trainer.run_dir import RunDir, write_json
 
 router = APIRouter()
 NOT_NOW = {
@@ -230,12 +230,16 @@ def _from_draft(context: Context) -> Run:
 
 def _snapshot(home: Home, sets: list[str], config: TrainConfig, folder: Path, stamps: list[dict[str, Any]]) -> dict[str, Any]:
     """The settings with folders of the run's own, which get the images of the data sets; `stamps` is told what exactly they hold."""
-    values = config.model_dump(mode="json")
+    values, known = config.model_dump(mode="json"), {}
     for k, (id, entry) in enumerate(zip(sets, values["data"], strict=True), 1):
         data, target = datasets.open(home, id), folder / ("data" if k == 1 else f"data-{k}")
         data.snapshot(target)
         entry["folder"] = str(target)
         stamps.append(exchange.stamp(data, target) | {"kind": entry["kind"]})
+        for path, _, _ in listing(target):
+            if not isinstance(found := pictures.inspect(path, home.cache), str):
+                known[found[0]] = found[1:]
+    write_json(RunDir(folder).images, known)
     return values
 
 
@@ -303,6 +307,8 @@ def duplicate(request: Request, id: str) -> dict[str, Any]:
                 target = folder / source.relative_to(old.folder)
                 shutil.copytree(source, target, copy_function=_link)
                 entry["folder"] = str(target)
+        if RunDir(old.folder).images.is_file():
+            shutil.copy2(RunDir(old.folder).images, RunDir(folder).images)
         return values
 
     new = make(context, config, about, settle)

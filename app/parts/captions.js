@@ -55,8 +55,8 @@ export function captionsSection(page) {
     const c = captioners?.[style];
     if (!c) return readCaptioners();
     const images = present(), none = images.filter((i) => !i.has_caption).length, some = images.length - none;
-    says.hidden = images.length > 0;
-    if (!images.length) return void (says.textContent = "Add pictures first; then captions can be written for them.");
+    says.hidden = images.length > 0 && c.usable;
+    if (!says.hidden) return void (says.textContent = c.usable ? "Add pictures first; then captions can be written for them." : c.note);
     let which = image ? "all" : none ? "missing" : "all";
     if (!c.there || (some && !image)) {
       const text = [];

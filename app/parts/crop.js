@@ -87,12 +87,12 @@ export function editor(draft, id, mode = "crop") {
   const stage = h("div", { class: "cr-stage" }, picture, kept);
 
   const move = mover(draft, image, () => drawCrop(), wrong);
-  draggable(stage, stage, { ...move, free: () => (mode === "crop" ? move.free() : [false, false]) });
-  stage.addEventListener("pointerdown", (e) => {
+  stage.addEventListener("pointerdown", (e) => {  // beside the bright part: it comes there, and is then dragged on
     if (mode !== "crop" || e.target === kept) return;
     const box = stage.getBoundingClientRect();
     if (move.free().some(Boolean)) { move.to((e.clientX - box.left) / box.width, (e.clientY - box.top) / box.height); kept.focus(); }
   });
+  draggable(stage, stage, { ...move, free: () => (mode === "crop" ? move.free() : [false, false]) });
   kept.addEventListener("keydown", (e) => move.key(e));
   function drawCrop() {
     const crop = move.crop(), [across, down] = move.free();
@@ -116,9 +116,7 @@ export function editor(draft, id, mode = "crop") {
 
   const mask = painter(stage, says, () => mode === "mask");
   const alpha = button("From transparency", async () => {
-    mask.drop();
-    await attempt(() => draft.changeImages(() => api("POST", "/images/masks/alpha", { ids: [id] })), wrong);
-    await mask.load(image());
+    if (await attempt(() => draft.changeImages(() => api("POST", "/images/masks/alpha", { ids: [id] })), wrong)) await mask.load(image());
   }, { id: "mask-alpha" });
   mask.tools.append(alpha);
   /** Save what was painted. Resolves to false where the server did not take it. */
@@ -182,7 +180,7 @@ function painter(stage, says, on) {
   const shown = h("canvas", { class: "cr-mask", tabIndex: 0, role: "application", hidden: true });
   const ring = h("span", { class: "cr-ring", hidden: true });
   stage.append(shown, ring);
-  let past = [], dirty = false, empty = true, erase = false, last = null, turn = 0, keys = [0.5, 0.5];
+  let past = [], cut = false, dirty = false, empty = true, erase = false, last = null, turn = 0, keys = [0.5, 0.5];
   const pen = kept.getContext("2d", { willReadFrequently: true });
 
   const brush = h("input", { type: "range", min: 1, max: 50, value: 12, id: "mask-brush", on: { input: () => place(keys) } });
@@ -196,6 +194,7 @@ function painter(stage, says, on) {
     button("Fill all", () => all("source-over"), { id: "mask-fill" }), button("Invert", () => all("xor"), { id: "mask-invert" }), button("Clear", () => all("copy", "transparent"), { id: "mask-clear" }), back);
 
   function remember() {
+    cut ||= past.length >= STEPS;  // then Undo no longer leads back to what is saved
     past = [...past.slice(1 - STEPS), [pen.getImageData(0, 0, kept.width, kept.height), empty]];
     dirty = true;
   }
@@ -268,7 +267,7 @@ function painter(stage, says, on) {
   const it = {
     tools,
     dirty: () => dirty,
-    drop() { dirty = false; past = []; },
+    drop() { dirty = cut = false; past = []; },
     hide() { shown.hidden = ring.hidden = true; },
     /** Show the mask of an IMAGE, as the server has it. */
     async load(image) {
@@ -296,7 +295,7 @@ function painter(stage, says, on) {
       if (!before) return;
       pen.putImageData(before[0], 0, 0);
       empty = before[1];
-      dirty = past.length > 0;
+      dirty = cut || past.length > 0;
       draw();
     },
     /** The mask as a PNG, white on black; null where it is empty. */

@@ -3,6 +3,7 @@ import { ago, duration, fill, get, h, plural, poll, rate, Refused, STATES } from
 import { chart } from "/static/chart.js";
 import { matrix } from "/static/matrix.js";
 import { runActions } from "/static/run_actions.js";
+import { batchOf } from "/static/run_batch.js";
 import { put, stageWords } from "/static/run_list.js";
 import { configuration, logTail } from "/static/run_log.js";
 
@@ -46,7 +47,7 @@ export function runDetail(id, to) {
   const rateSection = section("Learning rate", schedule, rates.node);
   const facts = h("dl", { class: "la-facts la-num" }), machine = section("Machine", facts);
   const warnings = h("ul", { class: "la-list" }), warningSection = section("Warnings", warnings);
-  const log = logTail(path), config = configuration(path, id);
+  const log = logTail(path), config = configuration(path, id), batch = batchOf(path);
 
   function section(title, ...rest) {
     return h("section", { class: "la-section la-run-section", "aria-label": title }, h("h3", { class: "la-h2" }, title), rest);
@@ -55,7 +56,7 @@ export function runDetail(id, to) {
     h("a", { class: "la-run-back", href: "/runs", on: { click(e) { e.preventDefault(); to.back(); } } }, "‹ All runs"),
     h("header", { class: "la-stack la-run-head" }, h("div", { class: "la-run-line" }, name, state), about, line, sentence, tail, pending, actions.node, spoken),
     section("Pictures", noPictures, pictures.node), curve, rateSection, machine, warningSection,
-    section("Details", log.node, config.node));
+    section("Details", batch.node, log.node, config.node));
   const node = h("div", {}, h("p", { class: "la-loading", role: "status" }, "Loading …"));
 
   const poller = poll(async () => {
@@ -199,5 +200,5 @@ export function runDetail(id, to) {
     else fill(facts, rows.map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", { class: label === "Folder" ? "la-mono" : "" }, value))));
   }
 
-  return { node, stop() { poller.stop(); log.stop(); } };
+  return { node, stop() { poller.stop(); log.stop(); batch.stop(); } };
 }

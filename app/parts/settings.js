@@ -62,9 +62,9 @@ export async function mount(root) {
       h("div", { class: "la-cols" },
         text("tag_probability", "Least probability of a tag", { read: (t) => Number(t.replace(",", ".")) || t, help: "0.35 is usual. Lower: more tags, and more that are wrong." }),
         text("blocked_tags", "Tags that are never written", { placeholder: "simple background, watermark", help: "With commas between." }))),
+    section("Masks", "", h("div", { class: "la-narrow" }, text("masker", "Masks by words", { help: "What finds in an image what you name: a CLIPSeg model on huggingface.co or a folder on this computer." }))),
     section("Memory", "", choice("memory", "When training", [["auto", "Automatic", "Fast: whatever fits is kept on the GPU."], ["low", "Save memory", "Slower: activations are computed twice (gradient checkpointing). For GPUs that run full."]])),
     token(),
-    section("Masks", "", h("div", { class: "la-narrow" }, text("masker", "Masks by words", { help: "What finds in an image what you name: a CLIPSeg model on huggingface.co or a folder on this computer." }))),
     section("Appearance", "", choice("theme", "Theme", [["system", "Like the computer", "Changes with it."], ["light", "Light", ""], ["dark", "Dark", ""]], theme), notifications()),
     about()));
   theme(settings.theme);

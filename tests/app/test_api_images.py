@@ -208,7 +208,7 @@ def test_two_tabs_at_once(client):
 
 def test_which_captioner_suits(client, home):
     found = client.get("/api/captioners").json()
-    about = {"there": False, "note": "", "built_in": False, "prompt": None, "own_prompt": ""}
+    about = {"there": False, "usable": True, "note": "", "built_in": False, "prompt": None, "own_prompt": ""}
     blip = {"source": "Salesforce/blip-image-captioning-large", "size_mb": 1880, "title": "BLIP large", "licence": "BSD-3-Clause"}
     assert found["sentences"] == blip | about and found["suits"] == "sentences"
     wd = {"source": "SmilingWolf/wd-vit-tagger-v3", "size_mb": 379, "title": "WD tagger, ViT", "licence": "Apache-2.0"}
@@ -221,7 +221,12 @@ def test_which_captioner_suits(client, home):
     assert client.get("/api/captioners").json()["sentences"]["there"] is True
     for source, said in (("some/one", "not known"), ("a/b/c", "neither")):
         settings.save(home, {"sentences": source})
-        assert said in client.get("/api/captioners").json()["sentences"]["note"]
+        about = client.get("/api/captioners").json()["sentences"]
+        assert said in about["note"] and about["usable"] == (source == "some/one")
+    add(client, {"a.png": picture(1)})
+    refused = client.post("/api/images/caption", json={"style": "sentences"})
+    assert refused.status_code == 409 and "a/b/c is neither a folder" in refused.json()["error"]
+    assert client.get("/api/images").json()["undo"] == "Add 1 image"
 
 
 def test_the_example_has_a_captioner_of_its_own_and_nothing_else_has(client, home, runner):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 import zipfile
 
 import numpy as np
@@ -253,3 +254,28 @@ def test_what_a_step_sees_is_what_the_plan_trains(client, home, tmp_path):
         assert all(r["full"].startswith("/api/images/") and bool(r["mask"]) == r["masked"] for r in told["rows"])
     refused = client.get("/api/draft/seen?step=0")
     assert refused.status_code == 409 and "steps 1 to" in refused.json()["error"]
+
+
+def test_a_runs_batch_is_decoded_when_the_device_is_free(client, home, runner):
+    client.post("/api/draft/example")
+    from app.api.runs import _from_draft
+
+    id = _from_draft(Context(home, runner)).id
+    assert client.get(f"/api/runs/{id}/batch").json() == {"state": "none", "text": "", "step": None, "rows": [], "picture": None}
+    assert client.get(f"/api/runs/{id}/batch/picture").status_code == 404
+    assert client.post(f"/api/runs/{id}/batch", json={"step": 0}).status_code in (400, 422)
+    asked = client.post(f"/api/runs/{id}/batch", json={"step": 2}).json()
+    assert asked["state"] == "waiting" and client.post(f"/api/runs/{id}/batch", json={"step": 3}).status_code == 409
+    (job,) = runner.jobs.list()
+    assert (job.kind, job.words[0], job.words[2]) == ("batch", "batch", "--step=2")
+    deadline = time.monotonic() + 60
+    while (now := client.get(f"/api/runs/{id}/batch").json())["state"] in ("waiting", "starting", "running"):
+        assert time.monotonic() < deadline, now
+        runner.tick()
+        time.sleep(0.2)
+    assert (now["state"], now["step"]) == ("finished", 2), now
+    told = client.get("/api/draft/seen?step=2").json()["rows"]
+    assert [(r["file"], r["caption"], r["mirrored"]) for r in now["rows"]] == [(r["file"], r["caption"], r["mirrored"]) for r in told]
+    shown = Image.open(io.BytesIO(client.get(now["picture"]).content))
+    assert shown.height >= 128 and shown.width >= 128
+    assert client.post("/api/runs/nobody/batch", json={"step": 2}).status_code == 404

@@ -66,6 +66,8 @@ def test_a_run_has_every_set_and_says_what_exactly_it_holds(home, three, runner)
         ("Zorp, the example", 14, "train"), ("Cats", 3, "train"), ("Creatures", 2, "prior"),
     ]  # fmt: skip
     assert [d["version"] for d in about][1:] == [exchange.version(d.images, home.cache) for d in three]
+    known = json.loads((run.folder / "images.json").read_text())
+    assert len(known) == 17 and [80, 60] in known.values()  # what the trainer need not decode to know; two sets have two pictures in common
     cats.set_caption(cats.image_id("1.png"), "changed later")  # the run keeps what it has
     assert exchange.version(run.folder / "data-2", home.cache) == about[1]["version"] != exchange.version(cats.images, home.cache)
     again = draft.from_run(home, run.folder)

@@ -43,6 +43,8 @@ def test_the_moved_crop_and_the_mask_show_in_the_decoded_batch(settings, one_thr
             assert np.abs(bottom - batch.LEFT * top).max() < 20, (line, bottom)
             mirrored.add("mirrored" in line)
     assert mirrored == {True, False}
+    assert program.main(["batch", str(run), "--step", "3", "--out", str(out), "--device", "cpu"]) == 0  # nothing is written over
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "3-2.png")
     assert program.main(["batch", str(run), "--step", "99", "--out", str(tmp_path / "x.png"), "--device", "cpu"]) == 1
     assert "this run has steps 1 to" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from trainer import __main__ as program
 from trainer import control, events
+from trainer.captioners import files
 from trainer.config import DataConfig
 from trainer.data.scan import scan
 from trainer.maskers import clipseg
@@ -131,7 +132,7 @@ def test_what_cannot_mask_is_refused_with_a_sentence(small_clipseg, folder, tmp_
         torn: "model.safetensors",
         copy("words", "vocab.json"): "tokenizer.json is missing",
         copy("processor", "preprocessor_config.json"): "preprocessor_config.json is missing",
-        copy("other", model_type="sam"): "a model of the kind sam. Give a CLIPSeg model",
+        copy("other", model_type="sam"): "a model of the kind sam (CLIPSegForImageSegmentation). Give a CLIPSeg model",
         tmp_path / "none": "there is no such folder",
         folder / "00.png": "which is a file",
     }
@@ -152,7 +153,7 @@ def test_of_the_hub_only_the_needed_files_are_fetched_and_torch_waits():
 
     names = {"config.json", "preprocessor_config.json", "model.safetensors", "vocab.json", "merges.txt"}
     others = {"pytorch_model.bin", "README.md", "weights/x.safetensors"}
-    assert {f.rfilename for f in clipseg._wanted("a/b", [Sibling(n) for n in names | others])} == names
+    assert {f.rfilename for f in files.wanted(clipseg.SHAPE, "a/b", [Sibling(n) for n in names | others])} == names
     code = "import sys, trainer.maskers.job; print('torch' in sys.modules or 'transformers' in sys.modules)"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)

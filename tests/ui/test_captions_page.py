@@ -125,6 +125,11 @@ def test_a_captioner_is_told_what_the_lora_is_for(page, app, models):
     expect(prompt).to_have_value("Describe a cat")
     own.click()
     expect(prompt).to_have_value(re.compile("Say nothing of how it is made"))
+    app.post("/settings", {"sentences": "/gone/captioner"}, method="PATCH")
+    page.reload()
+    expect(page.locator("#caption-sentences")).to_contain_text("Change it under Settings")
+    page.locator("#caption-sentences").click()
+    expect(page.locator("#captioner-note")).to_contain_text("/gone/captioner is neither a folder of this machine nor a hub id")
 
 
 def test_captioners_are_chosen_under_settings(open_page, app, models):

@@ -1,5 +1,6 @@
 """Crops and masks in the page: moved and painted by mouse and by keyboard, they stand in the data set's files and in a run's snapshot."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,10 @@ def test_a_crop_is_moved_and_a_mask_painted(page, app):
     with page.expect_response(lambda r: r.url.endswith("/focus")):
         page.locator("#crop-centre").click()
     expect(slider).to_have_attribute("aria-valuenow", "50")
+    drag(page, page.locator(".cr-stage").bounding_box(), (0.95, 0.5), (0.85, 0.5))  # from beside the bright part
+    expect(slider).to_have_attribute("aria-valuenow", str(round(100 * (0.9 - middle[2]) / (1 - middle[2]))))
     with page.expect_response(lambda r: r.url.endswith("/focus")):
-        drag(page, page.locator(".cr-stage").bounding_box(), (0.5, 0.5), (0.2, 0.5))
+        drag(page, page.locator(".cr-stage").bounding_box(), (0.7, 0.5), (0.2, 0.5))
     expect(slider).to_have_attribute("aria-valuenow", "0")
 
     # the mask: a stroke by mouse, a dab by keyboard, one taken back
@@ -145,3 +148,19 @@ def test_masks_by_words_come_from_the_trainer_and_are_taken_back(page, app, smal
     page.locator("#undo").click()
     expect(page.locator(".nl-masked:visible")).to_have_count(0)
     assert not any(i["mask"] for i in files_of(app)["images"].values())
+
+
+def test_a_run_shows_what_a_step_is_trained_on(open_page, app, settings):
+    run = app.data / "runs" / "20260101-120000-zorp"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(settings()), encoding="utf-8")
+    page = open_page(f"/runs?run={run.name}")
+    page.locator("#batch summary").click()
+    page.locator("#batch-step").fill("9999")
+    page.locator("#batch-show").click()
+    expect(page.locator("#batch")).to_contain_text("this run has steps 1 to 8", timeout=60_000)
+    page.locator("#batch-step").fill("2")
+    page.locator("#batch-show").click()
+    expect(page.get_by_alt_text("The images of step 2")).to_be_visible(timeout=60_000)
+    expect(page.locator("#batch li").first).to_contain_text(".png")
+    assert violations(page) == []

@@ -1,4 +1,4 @@
-"""A captioner's model on disk: found by hub id or folder, fetched where it is missing, checked before anything is loaded."""
+"""A captioner's or masker's model on disk: found by hub id or folder, fetched where it is missing, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ TEXTS = frozenset(  # small files that transformers reads where they are
 
 @dataclass(frozen=True)
 class Shape:
-    """The files of one kind of captioner.
+    """The files of one kind of captioner or masker.
 
     Attributes:
         what: for sentences, as in "a BLIP captioning model"; example: a hub id.
         needed: what must be there: of each group the first that is there whole ("a+b" are two files) is fetched.
         types: what config.json may name as model_type; then .safetensors are needed too. Empty for what is no model of transformers.
         problem: (config.json) -> the rest of a sentence on why it cannot be used, or "".
+        field: the setting that names the model, for sentences.
     """
 
     what: str
@@ -43,6 +44,7 @@ class Shape:
     needed: tuple[tuple[str, ...], ...]
     types: tuple[str, ...] = ()
     problem: Callable[[dict[str, Any]], str] = lambda config: ""
+    field: str = FIELD
 
 
 def resolve(shape: Shape, source: str, say: Callable[[str], None]) -> Path:
@@ -57,7 +59,7 @@ def resolve(shape: Shape, source: str, say: Callable[[str], None]) -> Path:
         found = fetch(
             text,
             say,
-            field=FIELD,
+            field=shape.field,
             anchor=anchor,
             wanted=lambda repo, entries: _checked(shape, repo, wanted(shape, repo, entries)),
             complete=lambda folder: _is_complete(shape, folder),
@@ -65,7 +67,7 @@ def resolve(shape: Shape, source: str, say: Callable[[str], None]) -> Path:
         check(shape, found)
         return found
     raise SourceError(
-        f"{FIELD} is {source!r}, and there is no such folder. Give the folder of {shape.what}, or a hub id like {shape.example}."
+        f"{shape.field} is {source!r}, and there is no such folder. Give the folder of {shape.what}, or a hub id like {shape.example}."
     )
 
 
@@ -73,7 +75,7 @@ def wanted(shape: Shape, repo: str, entries: list[Any]) -> list[Any]:
     """The files of a hub repository that are opened. Raises SourceError for one that cannot be loaded."""
     names = {f.rfilename for f in entries}
     if problem := _missing(shape, names):
-        raise SourceError(f"{FIELD} is {repo!r}, a hub repository where {problem}")
+        raise SourceError(f"{shape.field} is {repo!r}, a hub repository where {problem}")
     chosen = {name for group in shape.needed for name in _first(group, names)}
     return [f for f in entries if f.rfilename in chosen or (shape.types and (f.rfilename in TEXTS or WEIGHTS.fullmatch(f.rfilename)))]
 
@@ -82,27 +84,27 @@ def _checked(shape: Shape, repo: str, entries: list[Any]) -> list[Any]:
     """The entries, once config.json, which is small, has shown that gigabytes of another kind are not fetched in vain."""
     from huggingface_hub import hf_hub_download
 
-    if shape.types and (problem := _other(shape, read_json(Path(hf_hub_download(repo, "config.json"))))):
-        raise SourceError(f"{FIELD} is {repo!r}, {problem}")
+    if shape.types and (problem := _other(shape, read_json(Path(hf_hub_download(repo, "config.json")), shape.field))):
+        raise SourceError(f"{shape.field} is {repo!r}, {problem}")
     return entries
 
 
 def check(shape: Shape, folder: Path) -> None:
     """Raise SourceError for the first file of a local folder that is missing or damaged, or that is of another kind of model."""
     if not folder.is_dir():
-        raise SourceError(f"{FIELD} is {folder}, which is a file. Give the folder of {shape.what}, or a hub id like {shape.example}.")
+        raise SourceError(f"{shape.field} is {folder}, which is a file. Give the folder of {shape.what}, or a hub id like {shape.example}.")
     names = {p.name for p in folder.iterdir()}
     if problem := _missing(shape, names):
-        raise SourceError(f"{FIELD} is {folder}, where {problem}")
+        raise SourceError(f"{shape.field} is {folder}, where {problem}")
     if not shape.types:
         return
-    if problem := _other(shape, read_json(folder / "config.json")):
-        raise SourceError(f"{FIELD} is {folder}, {problem}")
+    if problem := _other(shape, read_json(folder / "config.json", shape.field)):
+        raise SourceError(f"{shape.field} is {folder}, {problem}")
     for name in sorted(n for n in names if WEIGHTS.fullmatch(n)):
         try:
             read_header(folder / name)
         except FormatError as error:
-            raise SourceError(f"{FIELD} is {folder}, where {error}") from None
+            raise SourceError(f"{shape.field} is {folder}, where {error}") from None
 
 
 def _other(shape: Shape, config: dict[str, Any]) -> str:
@@ -113,12 +115,12 @@ def _other(shape: Shape, config: dict[str, Any]) -> str:
     return f"a model of the kind {kind}. Give {shape.what}, like {shape.example}."
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, field: str = FIELD) -> dict[str, Any]:
     """A JSON object of a model's folder. Raises SourceError."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise SourceError(f"{FIELD} is {path.parent}, where {path.name} cannot be read. Download or copy the model again.") from None
+        raise SourceError(f"{field} is {path.parent}, where {path.name} cannot be read. Download or copy the model again.") from None
 
 
 def peek(source: str) -> tuple[set[str], str]:
@@ -167,7 +169,7 @@ def _missing(shape: Shape, names: set[str]) -> str:
         if not _first(group, names):
             first, *others = (alternative.replace("+", " and ") for alternative in group)
             if others:
-                return f"{first} is missing, and so is {' or '.join(others)}. {again}, or give another, like {shape.example}."
+                return f"{first} is missing, and there is no {' or '.join(others)} either. {again}, or give another, like {shape.example}."
             return f"{first} is missing. Give {shape.what}, like {shape.example}."
     if shape.types and not any(WEIGHTS.fullmatch(n) for n in names):
         if pickles := sorted(n for n in names if n.endswith(PICKLES)):

@@ -69,10 +69,10 @@ class Scan:
     warnings: tuple[str, ...]  # a sentence each
 
 
-def scan(data: Sequence[DataConfig], *, kind: str | None = None) -> Scan:
+def scan(data: Sequence[DataConfig], *, kind: str | None = None, eyes: Eyes | None = None) -> Scan:
     """Every image of the folders in `data`, or of those whose kind is `kind`, folder by folder.
 
-    Each image is decoded once, in threads. Raises DataError with all problems of all folders and files at once.
+    Each image is decoded once, in threads, unless `eyes` know it. Raises DataError with all problems of all folders and files at once.
     """
     problems: list[str] = []
     warnings: list[str] = []
@@ -82,7 +82,7 @@ def scan(data: Sequence[DataConfig], *, kind: str | None = None) -> Scan:
             found += [(source, each) for each in _read_folder(entry, f"data.{source + 1}.folder", problems, warnings)]
     images = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        inspected = pool.map(inspect, [each.path for _, each in found])
+        inspected = pool.map(lambda path: inspect(path, eyes), [each.path for _, each in found])
         masks = pool.map(lambda mask: mask and inspect(mask), [each.mask for _, each in found])
         for (source, each), result, mask in zip(found, inspected, masks, strict=True):
             if isinstance(result, str):
@@ -273,6 +273,26 @@ class Eyes(Protocol):
 
     def see(self, digest: str, image: PIL.Image.Image, size: tuple[int, int]) -> None:
         """Look at a loaded image of upright `size`; it may have come smaller, and not upright."""
+
+
+class Known:
+    """Eyes that know images by a file, {SHA-256: [width, height]}, and look at no others. A file that is not there or damaged knows none."""
+
+    least = 1
+
+    def __init__(self, path: Path) -> None:
+        self.sizes: dict[str, tuple[int, int]] = {}
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            self.sizes = {digest: (int(width), int(height)) for digest, (width, height) in told.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            pass
+
+    def knows(self, digest: str) -> tuple[int, int] | None:
+        return self.sizes.get(digest)
+
+    def see(self, digest: str, image: PIL.Image.Image, size: tuple[int, int]) -> None:
+        pass
 
 
 def inspect(path: Path, eyes: Eyes | None = None) -> tuple[str, int, int] | str:

@@ -7,29 +7,27 @@ serves persons, cats and chairs; its refined checkpoint has .safetensors files (
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from trainer import imports
-from trainer.families.sources import SourceError, fetch
-from trainer.formats import FormatError
-from trainer.formats.metadata import read_header
+from trainer.captioners.files import Shape
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 DEFAULT = "CIDAS/clipseg-rd64-refined"
-FIELD = "The masker's source"
-WEIGHTS = "model.safetensors"
-NEEDED = ("config.json", "preprocessor_config.json", WEIGHTS)
-WORDS = ({"tokenizer.json"}, {"vocab.json", "merges.txt"})  # either will do
-TEXTS = re.compile(r"(config|preprocessor_config|tokenizer|tokenizer_config|special_tokens_map|vocab)\.json|merges\.txt")
+SHAPE = Shape(
+    "a CLIPSeg model",
+    DEFAULT,
+    (("config.json",), ("preprocessor_config.json",), ("tokenizer.json", "vocab.json+merges.txt")),
+    ("clipseg",),
+    field="The masker's source",
+)
 SURE, MAYBE = 0.5, 0.3  # probabilities: from the first on a pixel is white, below the second black
 
 
@@ -40,22 +38,6 @@ class Config(BaseModel):
 
     source: str = Field(DEFAULT, description="hub id or folder of a CLIPSeg model in transformers' format")
     batch: int = Field(4, ge=1, le=256, description="images that are looked at at once")
-
-
-def resolve(source: str, say: Callable[[str], None]) -> Path:
-    """The local folder of a CLIPSeg model, fetched from the hub where `source` is an id. Raises SourceError with a sentence."""
-    text = source.strip().strip("\"'")
-    path = Path(text).expanduser()
-    if text and path.exists():
-        _check(path)
-        return path.resolve()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
-        found = fetch(text, say, field=FIELD, anchor="config.json", wanted=_wanted, complete=_is_complete)
-        _check(found)
-        return found
-    raise SourceError(
-        f"{FIELD} is {source!r}, and there is no such folder. Give the folder of a CLIPSeg model, or a hub id like {DEFAULT}."
-    )
 
 
 def build(folder: Path, device: str, dtype: str) -> Callable[[Sequence[Image], str], list[np.ndarray]]:
@@ -86,48 +68,3 @@ def build(folder: Path, device: str, dtype: str) -> Callable[[Sequence[Image], s
         return list(((likely - MAYBE) / (SURE - MAYBE)).clamp(0, 1).cpu().numpy())
 
     return find
-
-
-def _wanted(repo: str, siblings: list[Any]) -> list[Any]:
-    """The files of a hub repository that `build` opens. Raises SourceError for one that cannot be loaded."""
-    if problem := _problem({f.rfilename for f in siblings}):
-        raise SourceError(f"{FIELD} is {repo!r}, a hub repository where {problem}")
-    return [f for f in siblings if TEXTS.fullmatch(f.rfilename) or f.rfilename == WEIGHTS]
-
-
-def _check(folder: Path) -> None:
-    """Raise SourceError for the first file of a local folder that is missing or damaged, or that is of another kind of model."""
-    if not folder.is_dir():
-        raise SourceError(f"{FIELD} is {folder}, which is a file. Give the folder of a CLIPSeg model, or a hub id like {DEFAULT}.")
-    if problem := _problem({p.name for p in folder.iterdir()}):
-        raise SourceError(f"{FIELD} is {folder}, where {problem}")
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise SourceError(f"{FIELD} is {folder}, where config.json cannot be read. Download or copy the model again.") from None
-    if kind != "clipseg":
-        raise SourceError(f"{FIELD} is {folder}, a model of the kind {kind}. Give a CLIPSeg model, like {DEFAULT}.")
-    try:
-        read_header(folder / WEIGHTS)
-    except FormatError as error:
-        raise SourceError(f"{FIELD} is {folder}, where {error}") from None
-
-
-def _problem(names: set[str]) -> str:
-    """The rest of a sentence on what a folder with these files lacks; empty where nothing does."""
-    pickles = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    if WEIGHTS not in names and pickles:
-        return f"{WEIGHTS} is missing; {pickles[0]} is a pickle and is not opened. Give one with .safetensors files, like {DEFAULT}."
-    if missing := [n for n in NEEDED if n not in names]:
-        return f"{missing[0]} is missing. Give a CLIPSeg model in transformers' format, like {DEFAULT}."
-    if not any(files <= names for files in WORDS):
-        return "tokenizer.json is missing. Download or copy the model again."
-    return ""
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        _check(folder)
-    except (SourceError, OSError):
-        return False
-    return True

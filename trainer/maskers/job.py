@@ -23,6 +23,7 @@ import numpy as np
 import PIL.Image
 from PIL.Image import Resampling
 
+from trainer.captioners import files
 from trainer.captioners.job import backup
 from trainer.data.images import DAMAGED, open_rgb
 from trainer.data.scan import MASK, listing
@@ -82,7 +83,7 @@ def _mask(job: Job, folder: Path, words: str, config: clipseg.Config, only_missi
         def say(text: str) -> None:
             job.emit("stage", name="downloading" if text.startswith("Downloading") else "loading", text=text)
 
-        source = job.wait(lambda: clipseg.resolve(config.source, say))
+        source = job.wait(lambda: files.resolve(clipseg.SHAPE, config.source, say))
         job.emit("stage", name="loading")
         find = clipseg.build(source, hardware.device, hardware.dtype)
         job.emit("stage", name="masking")

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import struct
 import time
@@ -419,3 +420,21 @@ def test_who_looks_at_an_image_sees_the_one_decoding(tmp_path, monkeypatch):
     scan_module.forget()
     decodings.clear()
     assert inspect(tmp_path / "a.jpg", Looking({digest: (1200, 1600)})) == (digest, 1200, 1600) and decodings == []
+
+
+def test_what_the_app_has_seen_to_decode_is_not_decoded_again(tmp_path, monkeypatch):
+    write(tmp_path / "a.png", (40, 30), "a hat")
+    write(tmp_path / "longer.png", (30, 40), "a coat")
+    data = [DataConfig(folder=tmp_path)]
+    plain = scan(data)
+    known = tmp_path / "known.json"
+    known.write_text(json.dumps({plain.images[0].digest: [40, 30]}))
+    scan_module.forget()
+    decoded = []
+    load = PIL.ImageFile.ImageFile.load
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda image: decoded.append(image.size) or load(image))
+    assert scan(data, eyes=scan_module.Known(known)) == plain and set(decoded) == {(30, 40)}
+    for text in ("", "{", "[1]", '{"x": 3}', '{"x": ["a", 2]}'):
+        known.write_text(text)
+        assert scan_module.Known(known).sizes == {}
+    assert scan_module.Known(tmp_path / "none.json").sizes == {}
