@@ -11,6 +11,7 @@ from trainer import capture, memory, run
 from trainer.config.load import validate
 from trainer.run_dir import RunDir
 from trainer.step import Step
+from trainer.tape import Taped
 
 WIDE = {"adapter.targets": ["attention", "feed_forward", "projections", "convolutions"], "train.visits": 2}
 ALL = list(memory.MODES)
@@ -60,14 +61,14 @@ def runs_out(monkeypatch):
 
             monkeypatch.setattr(Step, "update", broken)
         else:
-            work = Step.run
+            for runner in (Step, Taped):
 
-            def short(self, n, *rest):
-                if n == at and left[0]:
-                    fail()
-                work(self, n, *rest)
+                def short(self, n, *rest, work=runner.run):
+                    if n == at and left[0]:
+                        fail()
+                    work(self, n, *rest)
 
-            monkeypatch.setattr(Step, "run", short)
+                monkeypatch.setattr(runner, "run", short)
 
     return set_up
 
