@@ -332,7 +332,7 @@ def _train(
     reduce = processes.reduce if processes.size > 1 else None
     step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
     reason = capture.why_not(step)
-    runner = capture.Captured(step) if not reason else step if tape.why_not(step) else tape.Taped(step)
+    runner = capture.Captured(step) if not reason else step if tape.why_not(step, len(ready.plan.steps)) else tape.Taped(step)
     previews.adapter, previews.sampler.room = adapter, getattr(runner, "release", None)
     objects = {"adapter": adapter, "optimizer": checkpoints.OptimizerState(optimizer)} | ({"loss_scale": step.scale} if step.scale else {})
     if last:

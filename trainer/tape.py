@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.capture import leaves
 from trainer.step import Batch, Draws, Slots, Step
 
+LONG = 100  # steps; to write a key's tape takes as long as about ten of its steps, and a run has several keys
 MOST = 4  # players; with more of them they wait for Python's lock
 LARGE = 5e7  # multiplications, about, from which on a kernel is worth several threads: 1 ms on one
 UNFIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -35,8 +36,10 @@ Piece = tuple[Batch, Draws, torch.Tensor]  # what Step.grads takes beside the st
 Sums = dict[int, torch.Tensor]  # storage -> what the gradients of some rows are added to
 
 
-def why_not(step: Step) -> str | None:
-    """Why the steps cannot be written down, as the end of a sentence; None: they can."""
+def why_not(step: Step, steps: int) -> str | None:
+    """Why the steps of a run that is laid out for so many are not written down, as the end of a sentence; None: they are."""
+    if steps < LONG:
+        return f"a run of fewer than {LONG} steps would take longer so"
     if step.models.device.type != "cpu":
         return f"tapes are for the CPU, this run is on {step.models.device.type}"
     if next(step.models.parts["unet"].parameters()).dtype != torch.float32:

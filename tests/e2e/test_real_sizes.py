@@ -21,6 +21,7 @@ from trainer import adapters, events, families, run
 from trainer.config import ModelConfig
 from trainer.config.load import validate
 from trainer.families import sources
+from trainer.kernels import widened
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_network")]
 CPU = torch.device("cpu")
@@ -85,7 +86,8 @@ def prediction(family, models) -> torch.Tensor:
     draw = torch.Generator().manual_seed(5)
     noisy = torch.randn((1, models.vae.config.latent_channels, 32, 32), generator=draw)
     t = family.spread(models, [0.6])
-    return family.predict(models, noisy, t, family.conditions(models, ["ohwx, a fractal"], (256, 256)))
+    with widened.where_needed(CPU, "bf16"):
+        return family.predict(models, noisy, t, family.conditions(models, ["ohwx, a fractal"], (256, 256)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
