@@ -77,6 +77,7 @@ def test_the_concept_is_learnt(demo):
     assert demo["loss_after"] < demo["loss_before"] / 2
 
 
+@pytest.mark.slow
 def test_another_concepts_lora_does_not_help(demo, tmp_path):
     """The control: the same settings trained on owls, scored on zorps."""
     data = [{"folder": str(DEMO / "data/owl/train")}, {"folder": str(DEMO / "data/zorp/held_out"), "kind": "validation"}]

@@ -510,7 +510,7 @@ def test_settings_of_another_family_are_no_silent_change(configure):
 # What comes after a run
 
 
-@pytest.mark.parametrize("name", ["sd2", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", [pytest.param("sd2", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow), "sd3"])
 def test_a_run_is_compared_and_its_file_worn(name, train, base, tmp_path):
     """The comparison and the playground's studio take a run of any family, and the LoRA changes what the studio draws."""
     import json

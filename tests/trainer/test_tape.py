@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_step import build  # noqa: F401 (a fixture)
 
+from trainer import tape
 from trainer.plan import factor
 from trainer.tape import LONG, Recorder, Taped, why_not
 
@@ -110,3 +111,12 @@ def test_where_there_is_no_tape_the_step_is_computed(build, monkeypatch):  # noq
     runner = Taped(other.step)
     got = run(other, runner, steps=2)
     assert runner.plays == 0 and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_long_run_is_played_and_ends_the_same(train, same, monkeypatch):
+    computed, plays = train({"train.visits": 3}), []
+    play = Taped._play
+    monkeypatch.setattr(tape, "LONG", 1)
+    monkeypatch.setattr(Taped, "_play", lambda self, *pieces: plays.append(1) or play(self, *pieces))
+    played = train({"train.visits": 3})
+    assert plays and same(computed.lora(), played.lora())
