@@ -90,6 +90,7 @@ def prediction(family, models) -> torch.Tensor:
         return family.predict(models, noisy, t, family.conditions(models, ["ohwx, a fractal"], (256, 256)))
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_family_at_its_real_size(variant, tmp_path):
     name = "sd3" if variant.startswith("sd3") else variant
