@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -90,9 +91,17 @@ def prediction(family, models) -> torch.Tensor:
         return family.predict(models, noisy, t, family.conditions(models, ["ohwx, a fractal"], (256, 256)))
 
 
+@pytest.fixture
+def all_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_family_at_its_real_size(variant, tmp_path):
+def test_a_family_at_its_real_size(variant, all_cores, tmp_path):
     name = "sd3" if variant.startswith("sd3") else variant
     family = families.get(name)
     folder = write(tmp_path / "base", variant)

@@ -126,8 +126,9 @@ def app(start_app, app_environment) -> App:
 
 @pytest.fixture(scope="session")
 def browser():
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=15_000)  # of two browsers and two trainings on two cores
     path = os.environ.get("LORA_ATELIER_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.fail("No Chrome, Edge or Chromium was found; `python launch.py test` installs one, or set LORA_ATELIER_BROWSER to its path.")
