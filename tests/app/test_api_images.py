@@ -7,17 +7,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
 from app import datasets, draft, settings
-from app.api import draft as draft_routes
-from app.api import images
-from app.context import Context
 from app.paths import Home
-from app.runner import Runner
-from app.server import _answer_errors
 from trainer import events
 
 
@@ -26,29 +20,6 @@ def picture(seed: int = 0, size: tuple[int, int] = (300, 200), format: str = "PN
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, format)
     return out.getvalue()
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch) -> Home:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    home = Home(tmp_path / "home")
-    home.create()
-    return home
-
-
-@pytest.fixture
-def runner(home) -> Runner:
-    return Runner(home)  # not started: what is submitted stays in the queue
-
-
-@pytest.fixture
-def client(home, runner) -> TestClient:
-    app = FastAPI()
-    app.state.context = Context(home, runner)
-    app.include_router(images.router, prefix="/api")
-    app.include_router(draft_routes.router, prefix="/api")
-    _answer_errors(app)
-    return TestClient(app)
 
 
 def add(client: TestClient, files: dict[str, bytes]) -> dict:

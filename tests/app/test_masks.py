@@ -7,15 +7,13 @@ import zipfile
 
 import numpy as np
 import pytest
-from fastapi import FastAPI
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 
-from app import api, datasets, draft, masks, subject
+from app import datasets, draft, masks, subject
 from app.context import Context
 from app.paths import Home
 from app.runner import Runner
-from app.server import _answer_errors
 from trainer.config import DataConfig
 from trainer.data.scan import scan
 
@@ -36,27 +34,6 @@ def half(size: tuple[int, int] = (300, 100)) -> bytes:
     mask = Image.new("L", size)
     mask.paste(255, (0, 0, size[0] // 2, size[1]))
     return png(mask)
-
-
-@pytest.fixture
-def home(tmp_path) -> Home:
-    home = Home(tmp_path / "home")
-    home.create()
-    return home
-
-
-@pytest.fixture
-def runner(home) -> Runner:
-    return Runner(home)  # not started: what is submitted stays in the queue
-
-
-@pytest.fixture
-def client(home, runner) -> TestClient:
-    app = FastAPI()
-    app.state.context = Context(home, runner)
-    app.include_router(api.router)
-    _answer_errors(app)
-    return TestClient(app)
 
 
 def add(client: TestClient, **files: bytes) -> dict:
