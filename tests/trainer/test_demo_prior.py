@@ -25,6 +25,7 @@ def test_the_help_says_what_was_measured():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_class_drifts_less_with_prior_preservation(tmp_path):
     without, with_it = prior.compare_weights(tmp_path, 1)
     assert without["prior_weight"] == 0 and with_it["class"] < without["class"] / 2
