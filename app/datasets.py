@@ -36,7 +36,6 @@ from typing import Any, BinaryIO
 from app import caption_texts, intake, masks, pictures, subject
 from app.errors import Problem
 from app.paths import ROOT, Home
-from trainer import events
 from trainer.data.buckets import Placement, place
 from trainer.data.captions import parts_of, trigger_first, without
 from trainer.data.images import DAMAGED
@@ -855,22 +854,12 @@ class Dataset:
             self.save(self.read() | {"caption_job": {"folder": str(folder), "style": style} if folder else None})
 
     def caption_job(self, runner: Any) -> dict[str, Any] | None:
-        """The last captioning as the draft view's `caption_job`, None where there was none. `runner` has `look(folder)`."""
+        """The last captioning as the draft view's `caption_job`, None where there was none."""
         job = self.read()["caption_job"]
         if not job:
             return None
         folder = Path(job["folder"])
-        look = runner.look(folder)
-        state = "lost" if look.state in ("interrupted", "none") else look.state
-        view = {"id": folder.name, "style": job["style"], "state": state, "done": 0, "total": 0, "text": look.text}
-        for event in events.read(folder / "events.jsonl"):
-            if event["type"] == "started":
-                view |= {"done": 0, "total": event["total"]}
-            elif event["type"] in ("captioned", "finished"):
-                view |= {k: event[k] for k in ("done", "total") if k in event}
-            if event["type"] == "stage" and state in ("starting", "running"):
-                view["text"] = event.get("text", "")
-        return view
+        return {"id": folder.name, "style": job["style"], **runner.progress(folder, "captioned", ("done", "total"))}
 
 
 def _count(n: int, what: str) -> str:

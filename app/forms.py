@@ -154,7 +154,7 @@ LABELS = {
     "schedule.restarts": ("Restarts", "Number of cosine cycles."),
     "loss.prior_weight": (
         "Prior preservation",
-        "Keeps what the base shows for the class word (woman, dog), without class images. Often 0.5 to 1; each step takes twice as long. 0: off.",
+        "Keeps what the base shows for the class word (woman, dog), without class images. Often 0.5 to 1; each step takes more than twice as long. 0: off.",
     ),
     "loss.min_snr_gamma": ("Min-SNR gamma", "Weighs noise levels evenly, so that learning is steadier. 5 is usual; empty switches it off."),
     "loss.noise_offset": ("Noise offset", "Lets the LoRA learn very dark and very bright images. 0.03 to 0.1 where wanted."),

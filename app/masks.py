@@ -10,7 +10,6 @@ import PIL.Image
 from PIL.Image import Resampling
 
 from app.errors import Problem
-from trainer import events
 from trainer.data.images import DAMAGED, FORMATS, turn
 from trainer.data.scan import MASK, MASK_ASPECT
 
@@ -91,16 +90,7 @@ def job(data: Dataset, runner: Runner) -> dict[str, Any] | None:
     asked = data.read()["mask_job"]
     if not asked:
         return None
-    folder = Path(asked["folder"])
-    look = runner.look(folder)
-    state = "lost" if look.state in ("interrupted", "none") else look.state
-    view = {"prompt": asked["prompt"], "state": state, "done": 0, "total": 0, "found": 0, "text": look.text}
-    for event in events.read(folder / "events.jsonl"):
-        if event["type"] in ("started", "masked", "finished"):
-            view |= {k: event[k] for k in ("done", "total", "found") if k in event}
-        if event["type"] == "stage" and state in ("starting", "running"):
-            view["text"] = event.get("text", "")
-    return view
+    return {"prompt": asked["prompt"], **runner.progress(Path(asked["folder"]), "masked", ("done", "total", "found"))}
 
 
 def busy(data: Dataset, runner: Runner) -> bool:

@@ -350,6 +350,20 @@ class Runner:
     def state(self, folder: Path) -> str:
         return self.look(folder).state
 
+    def progress(self, folder: Path, kind: str, counts: Sequence[str]) -> dict[str, Any]:
+        """How far a job is that emits `started`, events of `kind` and `finished` with some of `counts`: "state", "text" and the counts."""
+        look = self.look(folder)
+        state = "lost" if look.state in ("interrupted", "none") else look.state
+        view = {"state": state, "text": look.text, **dict.fromkeys(counts, 0)}
+        for event in events.read(folder / "events.jsonl"):
+            if event["type"] == "started":
+                view |= dict.fromkeys(counts, 0)
+            if event["type"] in ("started", kind, "finished"):
+                view |= {k: event[k] for k in counts if k in event}
+            if event["type"] == "stage" and state in ("starting", "running"):
+                view["text"] = event.get("text", "")
+        return view
+
     def look(self, folder: Path, queue: Sequence[Job] | None = None) -> Look:
         """The state of a job's folder; `queue` (from `jobs.list()`) saves reading it for each of many."""
         folder = Path(folder)

@@ -31,13 +31,13 @@ class Studio:
         from trainer import bases, families
         from trainer.config import ModelConfig
         from trainer.families import sources
-        from trainer.hardware import choose
+        from trainer.hardware import choose, torch_dtype
 
         self.hardware = choose(device, dtype)
         self.path = sources.resolve(base, say)
         model = model or ModelConfig()
         self.family = families.get(sources.family_of(self.path, model.family))
-        number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.hardware.dtype]
+        number = torch_dtype(self.hardware.dtype)
         self.models = bases.load(self.path, self.family, number, torch.device(self.hardware.device), model)
         if self.models.prediction == "unknown":
             say(bases.measure(self.path, self.family, self.models))
@@ -89,12 +89,9 @@ class Studio:
         tick: Callable[[], None] | None = None,
     ) -> list[Image]:
         """One picture for each prompt and seed, `size` (width, height) or the base's own; `tick` runs after each denoising step."""
-        from trainer.kernels import widened
-
         width, height = (s or self.native for s in size)
         more = {"negative": negative, "steps": steps, "guidance": guidance, "size": (width, height), "tick": tick}
-        with widened.where_needed(self.hardware.device, self.hardware.dtype):
-            return self.family.sample(self.models, prompts, seeds, **more)
+        return self.family.sample(self.models, prompts, seeds, **more)
 
 
 def _wearable(lora: Path, family: str) -> dict[str, Any]:

@@ -298,6 +298,13 @@ def _has_bf16(device: str) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def torch_dtype(name: str) -> Any:
+    """torch's dtype of "fp32", "bf16" or "fp16"."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
 def _choose_dtype(wish: str, device: str) -> tuple[str, str]:
     if wish not in ("auto", *DTYPES):
         raise ValueError(f'dtype is "{wish}"; allowed are "auto", {", ".join(f"{name!r}" for name in DTYPES)}.'.replace("'", '"'))

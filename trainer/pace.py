@@ -63,11 +63,11 @@ def limit(device: Any, tflop: float, dtype: str) -> float | None:
     where its memory may spill; else None."""
     import torch
 
-    from trainer.hardware import spills
+    from trainer.hardware import spills, torch_dtype
 
     if device.type != "cuda" or not spills() or not tflop:
         return None
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    kind = torch_dtype(dtype)
     a = torch.randn(2048, 2048, device=device, dtype=kind)
     times = []
     for _ in range(3):

@@ -21,7 +21,7 @@ from trainer.config import TrainConfig
 from trainer.data.scan import Known, scan
 from trainer.families import sources
 from trainer.formats import probe
-from trainer.hardware import Hardware, cap, choose, free_gib
+from trainer.hardware import Hardware, cap, choose, free_gib, torch_dtype
 from trainer.run_dir import Lock, RunDir, RunError, write_atomic, write_json
 
 # Two runs are the same for resuming when they differ in nothing but these: what is looked at, not what is learnt.
@@ -278,7 +278,7 @@ def _train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.deterministic = True
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[hardware.dtype]
+    dtype = torch_dtype(hardware.dtype)
     family = families.get(ready.family)
     models = bases.load(ready.source, family, dtype, device, config.model, config.train.attention, mode.bits, room.choice.parked)
     models.windows, models.weighted = config.dataset.text_windows, config.dataset.prompt_weights

@@ -7,16 +7,13 @@ import time
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
-from starlette.requests import ClientDisconnect
 
-from app import datasets, draft, exchange, intake, masks, pictures
+from app import datasets, draft, exchange, masks, pictures
 from app.api.draft import view
-from app.api.images import BUSY
+from app.api.images import BUSY, uploaded
 from app.context import of
 from app.datasets import Dataset
 from app.errors import Problem
@@ -56,14 +53,7 @@ def every(request: Request) -> dict[str, Any]:
 @router.post("/datasets/import")
 async def bring(request: Request) -> Any:
     home = of(request).home
-    try:
-        async with request.form(max_files=intake.MEMBERS, max_fields=10) as form:
-            files = [(part.filename or "", part.file) for part in form.getlist("files") if isinstance(part, UploadFile)]
-            if not files:
-                raise Problem("There is no file in the request. Send them as multipart/form-data, each in a field called files.")
-            return await run_in_threadpool(lambda: _brought(home, *exchange.bring_files(home, files)))
-    except ClientDisconnect:  # cancelled: nobody hears the answer
-        return Response(status_code=400)
+    return await uploaded(request, lambda files: _brought(home, *exchange.bring_files(home, files)))
 
 
 @router.post("/datasets/import-folder")

@@ -6,8 +6,9 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
@@ -157,24 +158,28 @@ def remove(request: Request, body: IdsBody) -> dict[str, Any]:
     return listing(home, data)
 
 
-@router.post("/images")
-async def add(request: Request) -> Any:
-    home = of(request).home
+async def uploaded(request: Request, work: Callable[[list[tuple[str, BinaryIO]]], dict[str, Any]]) -> Any:
+    """The answer of `work` on the (name, file) of a request's `files`."""
     try:
         # The parts of a request lie on disk until they are taken; its size is limited by app/guard.py, and again by the data set.
         async with request.form(max_files=intake.MEMBERS, max_fields=10) as form:
             files = [(part.filename or "", part.file) for part in form.getlist("files") if isinstance(part, UploadFile)]
             if not files:
                 raise Problem("There is no file in the request. Send them as multipart/form-data, each in a field called files.")
-
-            def work() -> dict[str, Any]:
-                data = current(home)
-                added, problems = data.add_files(files)
-                return listing(home, data, added=added, problems=problems)
-
-            return await run_in_threadpool(work)
+            return await run_in_threadpool(work, files)
     except ClientDisconnect:  # cancelled: nobody hears the answer
         return Response(status_code=400)
+
+
+@router.post("/images")
+async def add(request: Request) -> Any:
+    def work(files: list[tuple[str, BinaryIO]]) -> dict[str, Any]:
+        home = of(request).home
+        data = current(home)
+        added, problems = data.add_files(files)
+        return listing(home, data, added=added, problems=problems)
+
+    return await uploaded(request, work)
 
 
 @router.post("/images/folder")

@@ -45,7 +45,9 @@ def matmul_tflops(device: Any, dtype: str, side: int) -> float:
     """10^12 operations a second in products of two square matrices of `side`, each product timed with those around it."""
     import torch
 
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    from trainer.hardware import torch_dtype
+
+    kind = torch_dtype(dtype)
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     wait = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
 

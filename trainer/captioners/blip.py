@@ -53,8 +53,10 @@ def build(config: Config, folder: Path, device: str, dtype: str, note: Callable[
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil  # the other one needs torchvision
     from transformers.utils import logging
 
+    from trainer.hardware import torch_dtype
+
     logging.disable_progress_bar()
-    number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    number = torch_dtype(dtype)
     model = BlipForConditionalGeneration.from_pretrained(folder, dtype=number, use_safetensors=True).eval().to(device)
     tokenizer = BertTokenizerFast.from_pretrained(folder)
     prepare = BlipImageProcessorPil.from_pretrained(folder)

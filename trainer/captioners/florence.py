@@ -60,8 +60,10 @@ def build(config: Config, folder: Path, device: str, dtype: str, note: Callable[
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil  # the other one needs torchvision
     from transformers.utils import logging
 
+    from trainer.hardware import torch_dtype
+
     logging.disable_progress_bar()
-    number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    number = torch_dtype(dtype)
     model = Florence2ForConditionalGeneration.from_pretrained(folder, dtype=number, use_safetensors=True).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prepare = CLIPImageProcessorPil.from_pretrained(folder)

@@ -82,12 +82,14 @@ def build(config: Config, folder: Path, device: str, dtype: str, note: Callable[
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil  # the other one needs torchvision
     from transformers.utils import logging
 
+    from trainer.hardware import torch_dtype
+    from trainer.kernels import widened
     from trainer.lean.narrow import pack_layers
 
     logging.disable_progress_bar()
     dtype, packed, reason = choose(folder, device, dtype, free_gib(device))
     note(reason)
-    number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    number = torch_dtype(dtype)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=number, use_safetensors=True).eval().requires_grad_(False)
     if packed:
         pack_layers(model, 4, torch.device(device), torch.device(device), LAYERS)
@@ -109,19 +111,20 @@ def build(config: Config, folder: Path, device: str, dtype: str, note: Callable[
         seen = prepare(images=list(images), size=size, return_tensors="pt")
         counts = (seen.image_grid_thw.prod(1) // prepare.merge_size**2).tolist()
         words = tokenizer([asked.replace(IMAGE, IMAGE * n) for n in counts], padding=True, return_tensors="pt").to(device)
-        tokens = model.generate(
-            input_ids=words.input_ids,
-            attention_mask=words.attention_mask,
-            mm_token_type_ids=(words.input_ids == model.config.image_token_id).int(),  # 1: a token of a picture
-            pixel_values=seen.pixel_values.to(device, number),
-            image_grid_thw=seen.image_grid_thw.to(device),
-            max_new_tokens=config.max_tokens,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,  # of generation_config.json, for drawing
-            top_p=None,
-            top_k=None,
-        )
+        with widened.where_needed(device, dtype):
+            tokens = model.generate(
+                input_ids=words.input_ids,
+                attention_mask=words.attention_mask,
+                mm_token_type_ids=(words.input_ids == model.config.image_token_id).int(),  # 1: a token of a picture
+                pixel_values=seen.pixel_values.to(device, number),
+                image_grid_thw=seen.image_grid_thw.to(device),
+                max_new_tokens=config.max_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,  # of generation_config.json, for drawing
+                top_p=None,
+                top_k=None,
+            )
         return [bare(text) for text in tokenizer.batch_decode(tokens[:, words.input_ids.shape[1] :], skip_special_tokens=True)]
 
     return caption

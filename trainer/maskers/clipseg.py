@@ -52,8 +52,10 @@ def build(folder: Path, device: str, dtype: str) -> Callable[[Sequence[Image], s
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil  # the other one needs torchvision
     from transformers.utils import logging
 
+    from trainer.hardware import torch_dtype
+
     logging.disable_progress_bar()
-    number = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    number = torch_dtype(dtype)
     model = CLIPSegForImageSegmentation.from_pretrained(folder, dtype=number, use_safetensors=True).eval().to(device)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     prepare = ViTImageProcessorPil.from_pretrained(folder)
