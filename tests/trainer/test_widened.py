@@ -43,8 +43,9 @@ def test_each_product_is_float32s_rounded_once():
         assert added.addmm_(a, b, alpha=0.5) is added
     assert torch.equal(into, wide)
     assert torch.equal(added, torch.addmm(c.float(), a.float(), b.float(), alpha=0.5).bfloat16())
-    with widened.Widened():
-        assert torch.equal(a.float() @ b.float(), a.float() @ b.float()) and (a.float() @ b.float()).dtype == torch.float32
+    with widened.Widened():  # other dtypes are let alone
+        exact = a.float() @ b.float()
+    assert exact.dtype == torch.float32 and torch.equal(exact, a.float() @ b.float())
 
 
 def test_only_bf16_on_a_cpu_without_it_is_widened(monkeypatch):
