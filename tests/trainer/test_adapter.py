@@ -9,7 +9,6 @@ from trainer.config import LoraConfig
 from trainer.families.common import TEXT_TARGETS
 from trainer.families.sources import DEMO
 from trainer.families.unet import UNET_TARGETS
-from trainer.lean import frozen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = [("unet", kind) for kind in UNET_TARGETS] + [("text_1", kind) for kind in TEXT_TARGETS]
@@ -55,11 +54,8 @@ def outputs(parts) -> list[torch.Tensor]:
     return [hidden, unet(noisy, torch.tensor([10, 700]), hidden).sample]
 
 
-def base_outputs(changes=(), lean=False) -> list[torch.Tensor]:
-    """The same of a base on its own, loaded by diffusers and transformers, with `changes` (deltas) added to its weights.
-
-    `lean`: with our layers in it, whose convolutions round otherwise than torch's.
-    """
+def base_outputs(changes=()) -> list[torch.Tensor]:
+    """The same of a base on its own, loaded by diffusers and transformers, with `changes` (deltas) added to its weights."""
     parts = {"unet": UNet2DConditionModel.from_pretrained(DEMO / "unet", torch_dtype=torch.float32).eval()}
     parts["unet"].to(memory_format=torch.channels_last)
     parts["text_1"] = CLIPTextModel.from_pretrained(DEMO / "text_encoder", dtype=torch.float32).eval()
@@ -67,8 +63,6 @@ def base_outputs(changes=(), lean=False) -> list[torch.Tensor]:
         for d in changes:
             weight = parts[d.part].get_submodule(d.path).weight
             weight += (d.scale * d.tensors["up"].flatten(1) @ d.tensors["down"].flatten(1)).view(weight.shape)
-    if lean:
-        frozen.install(parts["unet"])
     return outputs(parts)
 
 
@@ -107,8 +101,7 @@ def test_the_kinds_do_not_overlap(part, attach):
 
 def test_it_starts_as_the_base_alone(attach):
     models, adapter = attach(EVERYTHING, filled=False)
-    assert equal(outputs(models.parts), base_outputs(lean=True))
-    assert close(outputs(models.parts), base_outputs())
+    assert equal(outputs(models.parts), base_outputs())
     assert all(not d.tensors["up"].any() and d.tensors["down"].any() for d in adapter.deltas())
 
 
@@ -133,10 +126,10 @@ def test_another_adapters_state_is_refused(attach):
 def test_disabled_is_exactly_the_base(training, attach):
     models, adapter = attach(EVERYTHING, dropout=0.3)
     adapter.train(training)
-    assert not equal(outputs(models.parts), base_outputs(lean=True))
+    assert not equal(outputs(models.parts), base_outputs())
     with adapter.disabled():
-        assert equal(outputs(models.parts), base_outputs(lean=True))
-    assert not equal(outputs(models.parts), base_outputs(lean=True))
+        assert equal(outputs(models.parts), base_outputs())
+    assert not equal(outputs(models.parts), base_outputs())
 
 
 def test_disabled_ends_after_an_error_too(attach):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from trainer import kernels
-from trainer.kernels import cpu, plain
+from trainer.kernels import plain
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -30,11 +30,6 @@ if INTERPRETED:  # slow: one program at a time, in numpy
 def interpreter(monkeypatch):
     if INTERPRETED:
         monkeypatch.setattr(kernels, "by_triton", lambda x: x.dtype in kernels.FUSED_DTYPES)
-
-
-@pytest.fixture
-def all_plain(monkeypatch):
-    monkeypatch.setattr(kernels, "_form", lambda x: plain)
 
 
 def numbers(*shape, seed=0, dtype=torch.float32, device="cpu", offset=0.0, spread=1.0):
@@ -118,16 +113,6 @@ def test_geglu_equals_float64(shape, dtype):
 @pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
 def test_layer_norm_equals_float64(shape, affine, dtype):
     check_layer_norm(shape, affine, dtype)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="there the Triton form is tested")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_the_plain_form_equals_float64_in_wide_dtypes_too(dtype, all_plain):
-    """On the CPU these go another way; on MPS they don't."""
-    for shape in GROUP_SHAPES:
-        check_group_norm(shape, True, dtype)
-    for shape in ROW_SHAPES:
-        check_geglu(shape, dtype)
 
 
 @pytest.mark.parametrize("offset", [30.0, pytest.param(2000.0, marks=pytest.mark.skipif(not INTERPRETED, reason="torch's own group norm"))])
@@ -250,9 +235,9 @@ def kept_bytes(function, frozen=()):
     return sum(storages.values())
 
 
-def kept_of_each(dtype):
-    """(bytes kept by each function, numbers of the group norm's input, of the others')."""
-    c, n = 64, 2
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_the_input_and_its_statistics_are_kept(dtype):
+    c, n, size = 64, 2, dtype.itemsize
     weight, bias = torch.ones(c, dtype=dtype), torch.zeros(c, dtype=dtype)
     x = numbers(n, c, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     rows = numbers(n, 10, c, dtype=dtype).requires_grad_()
@@ -264,26 +249,13 @@ def kept_of_each(dtype):
         "layer_norm": kept_bytes(lambda: kernels.layer_norm(rows, weight, bias, 1e-5), frozen),
         "add_layer_norm": kept_bytes(lambda: kernels.add_layer_norm(rows, other, weight, bias, 1e-5), frozen),
     }
-    return got, x.numel(), rows.numel()
-
-
-STATISTICS = {"group_norm": 2 * 32 * 2 * 4, "geglu": 0, "layer_norm": 2 * 10 * 2 * 4, "add_layer_norm": 2 * 10 * 2 * 4}  # two float32 each
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_only_the_input_and_its_statistics_are_kept(dtype, request):
-    if not INTERPRETED:
-        request.getfixturevalue("all_plain")
-    got, x, rows = kept_of_each(dtype)
-    numbers_kept = {"group_norm": x, "geglu": rows, "layer_norm": rows, "add_layer_norm": rows}
-    assert got == {k: numbers_kept[k] * dtype.itemsize + STATISTICS[k] for k in got}
-
-
-@pytest.mark.skipif(INTERPRETED, reason="of the form for the CPU")
-def test_in_float32_on_the_cpu_the_same_again_is_kept_at_most():
-    got, x, rows = kept_of_each(torch.float32)
-    numbers_kept = {"group_norm": 2 * x, "geglu": 2 * rows, "layer_norm": rows, "add_layer_norm": rows}
-    assert got == {k: numbers_kept[k] * 4 + STATISTICS[k] for k in got}
+    two_float32 = 2 * 4
+    assert got == {
+        "group_norm": x.numel() * size + n * 32 * two_float32,
+        "geglu": rows.numel() * size,
+        "layer_norm": rows.numel() * size + n * 10 * two_float32,
+        "add_layer_norm": rows.numel() * size + n * 10 * two_float32,
+    }
 
 
 def test_autocast_changes_nothing():
@@ -295,9 +267,8 @@ def test_autocast_changes_nothing():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in for CUDA here")
-def test_which_form_serves_the_cpu():
-    assert kernels._form(torch.zeros(1)) is cpu
-    assert kernels._form(torch.zeros(1, dtype=torch.bfloat16)) is plain
+def test_the_plain_form_serves_the_cpu():
+    assert kernels._form(torch.zeros(1)) is plain
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs anywhere")

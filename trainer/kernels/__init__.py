@@ -4,8 +4,8 @@ A LoRA step needs gradients with respect to activations only: scales and shifts 
 `torch.autograd.Function` that keeps its input and a few float32 statistics, nothing else, and recomputes the rest in its backward pass.
 Outputs have the dtype of the input, also under autocast; every sum runs in float32 (float64 for float64 inputs).
 
-Three forms with the same interface, equal to rounding: `fused` (Triton; one to three kernels a call, no host wait, shapes fixed by the
-inputs, so safe in a CUDA graph), `cpu` (float32 on the CPU; keeps more) and `plain` (torch operations, for all else). `by_triton` and `_form` choose.
+Two forms with the same interface, equal to rounding: `fused` (Triton; one to three kernels a call, no host wait, shapes fixed by the inputs,
+so safe in a CUDA graph) and `plain` (torch operations, for the CPU, MPS and CUDA without Triton). `by_triton` chooses.
 
 GELU in its tanh form has no function here: torch's own keeps its input only and is one kernel already.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trainer.kernels import cpu, plain
+from trainer.kernels import plain
 
 __all__ = ["add_layer_norm", "geglu", "group_norm", "layer_norm"]
 
@@ -78,9 +78,8 @@ class _GEGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p):
         ctx.form = _form(p)
-        y, *kept = ctx.form.geglu(p)
-        ctx.save_for_backward(*kept)
-        return y
+        ctx.save_for_backward(p)
+        return ctx.form.geglu(p)
 
     @staticmethod
     @once_differentiable
@@ -120,9 +119,9 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 def _form(x: Tensor):
-    """The module that computes for x."""
+    """The module that computes for x: `fused` or `plain`."""
     if not by_triton(x):
-        return cpu if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) else plain
+        return plain
     from trainer.kernels import fused
 
     return fused

@@ -30,10 +30,9 @@ def group_norm_backward(g: Tensor, weight: Tensor, bias: Tensor, x: Tensor, mean
     return gx.to(x.dtype)
 
 
-def geglu(p: Tensor) -> tuple[Tensor, Tensor]:
-    """y, p."""
+def geglu(p: Tensor) -> Tensor:
     value, gate = p.chunk(2, dim=-1)
-    return F.gelu(gate).mul_(value), p
+    return F.gelu(gate).mul_(value)
 
 
 def geglu_backward(g: Tensor, p: Tensor) -> Tensor:

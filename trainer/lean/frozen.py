@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainer import kernels
-from trainer.lean import cpu
 from trainer.lean.narrow import FrozenConv
 
 
@@ -21,10 +20,8 @@ def install(unet: nn.Module) -> None:
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    on_cpu = [m for m in unet.modules() if _usual_conv(m) and m.weight.device.type == "cpu" and m.weight.dtype == torch.float32]
-    cpu.install(on_cpu)
     for m in unet.modules():
-        if _usual_conv(m) and not hasattr(m, "lean"):
+        if type(m) is nn.Conv2d and m.padding_mode == "zeros" and m.groups == 1 and m.dilation == (1, 1):
             m.forward = MethodType(_conv, m)
         elif type(m) is nn.GroupNorm:
             m.forward = MethodType(_group_norm, m)
@@ -38,10 +35,6 @@ def install(unet: nn.Module) -> None:
             m._get_output_for_continuous_inputs = MethodType(_to_pixels, m)
         elif type(m) is BasicTransformerBlock and m.norm_type == "layer_norm" and m.pos_embed is None and m.attn2 is not None:
             m.forward = MethodType(_block, m)
-
-
-def _usual_conv(m: nn.Module) -> bool:
-    return type(m) is nn.Conv2d and m.padding_mode == "zeros" and m.groups == 1 and m.dilation == (1, 1)
 
 
 def _conv(self: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:

@@ -205,7 +205,6 @@ class Conv:
         self.layer, self.name = layer, name
         base = layer.base_layer
         self.weight, self.bias, self.stride, self.padding = kept(base), base.bias, base.stride, base.padding
-        self.frozen = getattr(base, "lean", None)  # trainer.lean.cpu's form of the base
         self.params = [layer.lora_A[name].weight, layer.lora_B[name].weight]
         self.ranks = [layer.r[name]]
         self.layers = [layer]
@@ -223,7 +222,7 @@ class Conv:
         return self._product(x, *(p.detach().to(x.dtype) for p in self.params), scale)[0]
 
     def _product(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        y = self.frozen(x) if self.frozen else F.conv2d(x, wide(self.weight), self.bias, self.stride, self.padding)
+        y = F.conv2d(x, wide(self.weight), self.bias, self.stride, self.padding)
         h = F.conv2d(x, down, None, self.stride, self.padding)
         return y.add_(F.conv2d(h, up), alpha=scale), h
 
@@ -250,9 +249,7 @@ class _ConvLora(torch.autograd.Function):
         if trained:
             conv.grads[0][0].add_(g_down)
             conv.grads[0][1].add_(g_up, alpha=ctx.scale)
-        if ctx.needs_input_grad[0] and conv.frozen:
-            gx = gx.add_(conv.frozen.backward(g, x.shape))
-        elif ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:
             gx = gx.add_(conv_input_gradient(g, x.shape, wide(conv.weight), conv.stride, conv.padding))
         return gx, None, None, None, None
 
