@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -347,16 +348,22 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from trainer.bench import report, sides
+    from trainer.bench import report, scaling, sides
     from trainer.bench.case import Case
 
+    if args.processes is not None and (args.compare or args.only):
+        raise ValueError(f"--processes times no reference: leave {'--compare' if args.compare else '--only'} out.")
     old = report.read(args.compare) if args.compare else None
     given = {k: getattr(args, k) for k in ("model", "size", "batch", "rank", "te", "dtype", "device", "steps", "checkpointing", "previews")}
     case = Case(**given, targets=tuple(dict.fromkeys(args.targets)), assignments=tuple(args.set))
-    found = sides.bench(case, args.work, args.only, say=lambda text: print(text, file=sys.stderr, flush=True))
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    if args.processes is None:
+        found = sides.bench(case, args.work, args.only, say)
+    else:
+        found = scaling.scaling(case, args.processes, args.work, say)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(report.text(found))
+    print(report.text(found) if args.processes is None else scaling.text(found))
     if old:
         print("\n" + report.compare(found, old))
     return 0
@@ -477,6 +484,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", default=[], metavar="SECTION.NAME=VALUE", help="a setting of our run alone")
     p.add_argument("--no-previews", dest="previews", action="store_false", help="time no sample images")
     p.add_argument("--only", choices=("ours", "reference"), help="time one side alone")
+    p.add_argument("--processes", type=int, metavar="N", help="time N processes, a GPU each, against one, instead of the reference")
     p.add_argument("--work", type=Path, metavar="DIR", help="keep the model here for the next time (default: a temporary folder)")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="set the figures against those of an older --json")

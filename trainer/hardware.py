@@ -50,10 +50,17 @@ class Hardware:
 def choose(device: str = "auto", dtype: str = "auto", attention: str = "sdpa") -> Hardware:
     """The hardware for these wishes. "auto" takes the best that works; anything else is taken as said or refused.
 
+    A device with a number becomes torch's current one, on which Triton's kernels and CUDA graphs are launched.
+
     Raises ValueError, a sentence that says what is allowed, for a wish that this machine can't fulfil. Imports torch.
     """
     unusable = gpu_unusable()
     device, why_device = _choose_device(device, unusable)
+    kind, _, number = device.partition(":")
+    if number:
+        import torch
+
+        getattr(torch, kind).set_device(int(number))
     dtype, why_dtype = _choose_dtype(dtype, device)
     why_attention = _check_attention(attention, device)
     warning = unusable if device == "cpu" else None

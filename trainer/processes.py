@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -34,6 +40,11 @@ class Processes:
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
+    def leave(self) -> None:
+        """Part from the others; nothing is summed after it."""
+        if self.size > 1:
+            torch.distributed.destroy_process_group()
+
     def rows(self, batch: int, accumulation: int) -> list[tuple[list[int], list[float]]]:
         """This process's micro-batches of a step's `batch` rows: (row indices, 1 for a row and 0 for an empty slot).
 
@@ -47,3 +58,37 @@ class Processes:
             index = range(k, k + size)
             out.append(([i if i < batch else 0 for i in index], [float(i < batch) for i in index]))
         return out
+
+
+@contextlib.contextmanager
+def ends_when_told(last_words: Callable[[], None], seconds: float = 15.0) -> Iterator[None]:
+    """Within this block, SIGTERM or SIGINT ends the process after `seconds` if nothing else has, with `last_words` before.
+
+    When one process of a run ends, the launcher tells the others to, and kills them half a minute later. Those wait for its part of a sum,
+    NCCL's for ever, and a thread that waits in there runs no signal handler of Python's: another thread has to.
+    """
+    told, teller = socket.socketpair()
+    teller.setblocking(False)
+    over = threading.Event()
+
+    def watch() -> None:
+        while (number := told.recv(1)) and number[0] not in (signal.SIGTERM, signal.SIGINT):
+            pass
+        if number and not over.wait(seconds):
+            try:
+                last_words()
+            finally:
+                os._exit(1)
+
+    try:
+        before = signal.set_wakeup_fd(teller.fileno(), warn_on_full_buffer=False)
+    except ValueError:  # not in the main thread: the caller handles signals
+        yield
+        return
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        teller.close()

@@ -24,6 +24,8 @@ from trainer.formats import probe
 from trainer.hardware import Hardware, cap, choose, free_gib, torch_dtype
 from trainer.run_dir import Lock, RunDir, RunError, write_atomic, write_json
 
+STUCK = "This run was told to end and could not: another of its processes has ended or does not answer. Run again with --resume."
+
 # Two runs are the same for resuming when they differ in nothing but these: what is looked at, not what is learnt.
 TEXTS = {"title", "author", "description", "license", "thumbnail", "sidecars"}
 MAY_DIFFER = {"preview": True, "validation": True, "output": {"save_every", "checkpoint_every", "keep_checkpoints", *TEXTS}}
@@ -86,7 +88,7 @@ def train(
     import torch
 
     from trainer.kernels import widened
-    from trainer.processes import Processes
+    from trainer.processes import Processes, ends_when_told
 
     run, started = RunDir(root), time.time()
     hardware = choose(config.train.device, config.train.dtype, config.train.attention)
@@ -99,7 +101,7 @@ def train(
     step = 0  # the last that an event named
     emit: Callable[..., Any] = lambda type, **fields: None  # noqa: E731 (other processes than the first write nothing)
     interrupted = _on_interrupt(stopping)
-    awake = contextlib.ExitStack()
+    around = contextlib.ExitStack()
     try:
         if processes.main:
             with _writable(run):
@@ -113,7 +115,13 @@ def train(
 
             if resume:
                 _answer_late(run, True, emit, step)
-            _keep_awake(awake)
+            _keep_awake(around)
+        if processes.size > 1:
+
+            def give_up() -> None:
+                emit("failed", step=step, seconds=round(time.time() - started, 1), text=STUCK)
+
+            around.enter_context(ends_when_told(give_up))
         processes.barrier()
         try:
             room = _Room(config, run if resume else None)
@@ -145,10 +153,11 @@ def train(
             raise
         _answer_late(run, processes.main, emit, step)
         emit(outcome, step=step, seconds=round(time.time() - started, 1))
+        processes.leave()
         return outcome, run
     finally:
         with contextlib.suppress(Exception):  # as _keep_awake
-            awake.close()
+            around.close()
         interrupted.restore()
         lock.release()
 

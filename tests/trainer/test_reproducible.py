@@ -1,3 +1,5 @@
+import time
+
 import psutil
 import pytest
 
@@ -133,6 +135,22 @@ def test_a_process_that_is_killed_ends_the_run_which_one_resumes(train, command,
     alone, resumed = train(changes), train(changes, root=tmp_path, resume=True)
     assert resumed.outcome == "finished" and resumed.events("resumed")[0]["step"] >= 8
     assert_close(resumed, alone)
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_one_that_hangs_ends_when_it_is_told_to(command, wait_for, tmp_path):
+    """Its main thread is within the sum, where no signal handler of Python's runs (with NCCL it is there for ever)."""
+    process = command(tmp_path, {"train.visits": 400, "output.checkpoint_every": 4, "output.save_every": 0}, launcher=ACCELERATE)
+    wait_for(process, tmp_path, "checkpoint", 8)
+    ranks = {c.environ().get("RANK"): c for c in psutil.Process(process.pid).children(recursive=True)}
+    ranks["1"].suspend()
+    time.sleep(2)
+    ranks["0"].terminate()
+    ranks["0"].wait(timeout=25)
+    ranks["1"].kill()
+    process.communicate(timeout=120)
+    last = list(events.read(tmp_path / "events.jsonl"))[-1]
+    assert last["type"] == "failed" and last["text"].startswith("This run was told to end and could not")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ The models have the real architectures with random weights, written for it and d
     child      a process; machine, ours and reference are what it can be
     meter      the clock of both sides
     report     the findings as text, and against older ones
+    scaling    several processes against one (--processes), without the reference
 
 The JSON has
 

@@ -32,7 +32,8 @@ def main(role: str, job_path: str, result_path: str) -> int:
         if text is None:
             raise
         result = {"error": text}
-    Path(result_path).write_text(json.dumps(result), encoding="utf-8")
+    if os.environ.get("RANK", "0") == "0":
+        Path(result_path).write_text(json.dumps(result), encoding="utf-8")
     return 0
 
 

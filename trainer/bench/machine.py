@@ -34,6 +34,7 @@ def main(job: dict[str, Any], meter: Any) -> dict[str, Any]:
     return {
         "folder": str(models.make(job["model"], Path(job["work"]))),
         "device": chosen.device,
+        "devices": 0 if device.type == "cpu" else getattr(torch, device.type).device_count(),
         "name": chosen.name,
         "dtype": chosen.dtype,
         "versions": versions,

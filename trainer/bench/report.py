@@ -35,7 +35,7 @@ def text(found: dict[str, Any]) -> str:
         a, b = ((side or {}).get(key) for side in (ours, reference))
         if a is not None or b is not None:
             rows.append((words, _value(a, unit), _value(b, unit), "" if a is None or not b else f"{a / b:.3g}"))
-    lines += _table(rows)
+    lines += table(rows)
     if found["speedup"]:
         lines += ["", f"Ours makes {found['speedup']:.2f} steps in the time of one of the reference's."]
     for name, side in (("ours", ours), ("reference", reference)):
@@ -111,7 +111,7 @@ def compare(found: dict[str, Any], old: dict[str, Any]) -> str:
         ("", found["versions"], old["versions"]),
     ):
         notes += [f"Note: {what}{k} was {b.get(k)}, now it is {a.get(k)}." for k in dict.fromkeys([*a, *b]) if a.get(k) != b.get(k)]
-    return "\n".join(["Against the older figures:", *_table(rows), *notes])
+    return "\n".join(["Against the older figures:", *table(rows), *notes])
 
 
 def _value(value: float | None, unit: str) -> str:
@@ -122,7 +122,8 @@ def _value(value: float | None, unit: str) -> str:
     return f"{value:.4g} {unit}".rstrip()
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]).rstrip() for row in rows

@@ -70,14 +70,16 @@ def _workplace(work: Path | None) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def _child(role: str, job: dict[str, Any], temp: Path) -> dict[str, Any]:
-    """What a process with this role finds. Raises BenchError with its sentence, or with the end of what it said."""
+def _child(role: str, job: dict[str, Any], temp: Path, processes: int = 1) -> dict[str, Any]:
+    """What a process with this role finds, the first of several. Raises BenchError with its sentence, or with the end of what it said."""
     job_path, result, log = (temp / f"{role}{end}" for end in (".job.json", ".json", ".log"))
     cache = temp / "cache"  # empty, so that ours encodes as at a first run
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "LORA_ATELIER_CACHE": str(cache)}
     job_path.write_text(json.dumps(job | {"begun": time.time()}), encoding="utf-8")
-    command = [sys.executable, "-m", "trainer.bench.child", role, str(job_path), str(result)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "trainer.bench.child", role, str(job_path), str(result)]
+    result.unlink(missing_ok=True)
     with log.open("wb") as out:
         code = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT).returncode
     if code or not result.exists():
