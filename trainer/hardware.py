@@ -5,6 +5,7 @@ Importing this module imports no torch; versions of packages are read from their
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -142,6 +143,26 @@ def free_gib(device: Any) -> float | None:
         return None
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return (torch.cuda.mem_get_info(device)[0] + idle) / GIB + CONTEXT
+
+
+def warm_up(wish: str) -> None:
+    """Have CUDA make its context, cuBLAS and cuDNN start and Triton read itself, on the device that `choose` will take for this wish or that
+    a launcher gives to this process: a second or so, in a thread beside imports. What does not work is said by whoever needs it."""
+    import torch
+    from torch.nn.functional import conv2d, scaled_dot_product_attention
+
+    with contextlib.suppress(ValueError, RuntimeError, ImportError, AttributeError):
+        device = torch.device(_choose_device(wish, None)[0])
+        if device.type == "cuda":
+            if "LOCAL_RANK" in os.environ:
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            x = torch.zeros(1, 64, 64, 64, device=device, dtype=torch.bfloat16 if _has_bf16(str(device)) else torch.float16)
+            x = conv2d(x, x.new_zeros(64, 64, 3, 3), padding=1) @ x
+            scaled_dot_product_attention(x, x, x)
+            torch.cuda.synchronize(device)
+            from triton.runtime.cache import triton_key
+
+            triton_key()  # a hash of all its files, which it keeps; half a second
 
 
 def spills() -> bool:

@@ -89,10 +89,10 @@ _lock = threading.RLock()
 _done = _importing = False
 
 
-def light() -> None:
+def light(beside: Callable[[], object] = lambda: None) -> None:
     """Import what every training uses, and no more. What is imported already stays as it is; a second call does nothing.
 
-    To gain all, call it before anything imports torch.
+    To gain all, call it before anything imports torch. `beside` is called when torch is there, to start in a thread what needs it alone.
     """
     global _done, _importing
     with _lock:
@@ -105,6 +105,7 @@ def light() -> None:
         try:
             import torch  # noqa: F401
 
+            beside()
             before = set(sys.modules)
             try:
                 _import_used()

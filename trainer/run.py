@@ -21,7 +21,7 @@ from trainer.config import TrainConfig
 from trainer.data.scan import Known, scan
 from trainer.families import sources
 from trainer.formats import probe
-from trainer.hardware import Hardware, cap, choose, free_gib, torch_dtype
+from trainer.hardware import Hardware, cap, choose, free_gib, torch_dtype, warm_up
 from trainer.run_dir import Lock, RunDir, RunError, write_atomic, write_json
 
 STUCK = "This run was told to end and could not: another of its processes has ended or does not answer. Run again with --resume."
@@ -82,9 +82,9 @@ def train(
     Again where a failed capture may have spoilt this process.
     Raises ValueError with a sentence for anything that the user can mend; it also stands in the run's `failed` event.
     """
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         pool.submit(scan, config.data)  # it remembers good images; what is wrong `prepare` finds again
-        imports.light()
+        imports.light(beside=lambda: pool.submit(warm_up, config.train.device))
     import torch
 
     from trainer.kernels import widened
@@ -317,7 +317,10 @@ def _train(
     previews = preview.Previews(config, family, models, trained, next(iter(ready.plan.buckets())), run, lambda t: emit("warning", text=t))
     if processes.main:
         previews.read(now.prompts)
-    models.park("vae", *(p for p in models.text if p not in store.text.live))
+    pool = ThreadPoolExecutor(1)  # the copies to the CPU take a second for SDXL, in which the host makes the adapter
+    parking = pool.submit(models.park, "vae", *(p for p in models.text if p not in store.text.live))
+    if "unet" in models.parked:  # there is not room for all of them
+        parking.result()
     models.fetch("unet", *store.text.live)
 
     # 4. what is trained
@@ -340,6 +343,8 @@ def _train(
     optimizer = optimizers.build(config.optimizer, groups, device)
     reduce = processes.reduce if processes.size > 1 else None
     step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
+    parking.result()
+    pool.shutdown()
     reason = capture.why_not(step)
     runner = capture.Captured(step) if not reason else step if tape.why_not(step, len(ready.plan.steps)) else tape.Taped(step)
     previews.adapter, previews.sampler.room = adapter, getattr(runner, "release", None)

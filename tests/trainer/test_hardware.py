@@ -24,7 +24,8 @@ def cpu_only(monkeypatch):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """cuda(*capabilities, archs): as if these GPUs were there and torch built for those architectures."""
+    """cuda(*capabilities, archs): as if these GPUs were there and torch built for those architectures; gives those made the current one."""
+    current = []
 
     def setup(*capabilities, archs=MODERN):
         number = lambda device: int(str(device).partition(":")[2] or 0) if isinstance(device, str) else device  # noqa: E731
@@ -33,8 +34,10 @@ def cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[number(device)])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {number(device)}")
         monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: archs)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.version, "hip", None)
+        return current
 
     return setup
 
@@ -65,9 +68,10 @@ def test_bf16_on_an_old_gpu_is_done_but_said(cuda):
 
 
 def test_a_gpu_without_kernels_is_passed_over(cuda):
-    cuda((6, 1), (8, 6), (8, 6))
+    current = cuda((6, 1), (8, 6), (8, 6))
     assert hardware.choose().device == "cuda:1"
     assert hardware.choose(device="cuda:2").name == "GPU 2"
+    assert current == [1, 2]
     with pytest.raises(ValueError, match=r'device is "cuda:0".*compute capability 6\.1.*no kernels.*launch.py update'):
         hardware.choose(device="cuda:0")
     with pytest.raises(ValueError, match="cuda has devices 0 to 2"):
