@@ -58,9 +58,25 @@ class _Looking:
             raise Problem("Cancelled; nothing was added.", 409)
 
 
-_looking: dict[Path, list[_Looking]] = {}
+_looking: list[tuple[Path, _Looking]] = []  # what comes into each data set
 _locks: dict[Path, threading.RLock] = {}
 _locks_guard = threading.Lock()
+
+
+def looking(home: Home) -> dict[str, int] | None:
+    """{"done", "total"} of the pictures that are being looked at as they come into a data set, None where none are."""
+    work = max(_coming(home), key=lambda w: w.total - w.done, default=None)
+    return {"done": work.done, "total": work.total} if work else None
+
+
+def stop_looking(home: Home) -> None:
+    """End what `looking` tells of; what was coming in is not added."""
+    for work in _coming(home):
+        work.stopped = True
+
+
+def _coming(home: Home) -> list[_Looking]:
+    return [work for root, work in [*_looking] if root.parent == home.datasets]
 
 
 def create(home: Home, name: str = "") -> Dataset:
@@ -282,24 +298,12 @@ class Dataset:
 
     def _inspect(self, paths: Sequence[Path]) -> list[tuple[str, int, int] | str]:
         """trainer.data.scan.inspect of each path, told by `looking`. Raises Problem (409) where `stop_looking` was called meanwhile."""
-        work = _Looking(len(paths))
-        with self.lock:
-            _looking.setdefault(self.root, []).append(work)
+        work = self.root, _Looking(len(paths))
+        _looking.append(work)
         try:
-            return pictures.inspect_all(paths, self.home.cache, work.tick)
+            return pictures.inspect_all(paths, self.home.cache, work[1].tick)
         finally:
-            with self.lock:
-                _looking[self.root].remove(work)
-
-    def looking(self) -> dict[str, int] | None:
-        """{"done", "total"} of the pictures that are being looked at, None where none are."""
-        work = max(_looking.get(self.root, []), key=lambda w: w.total - w.done, default=None)
-        return {"done": work.done, "total": work.total} if work else None
-
-    def stop_looking(self) -> None:
-        """End what `looking` tells of; what was coming in is not added."""
-        for work in _looking.get(self.root, []):
-            work.stopped = True
+            _looking.remove(work)
 
     # ---- captions
 

@@ -17,7 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.requests import ClientDisconnect
 
-from app import advice, draft, intake, masks, models, pictures, settings
+from app import advice, datasets, draft, intake, masks, models, pictures, settings
 from app.api.draft import view
 from app.context import Context, of
 from app.datasets import Dataset
@@ -140,14 +140,14 @@ def _other(home: Home, each: dict[str, Any]) -> advice.Other:
 
 @router.get("/images/looking")
 def looking(request: Request) -> dict[str, Any]:
-    return {"looking": current(of(request).home).looking()}
+    return {"looking": datasets.looking(of(request).home)}
 
 
 @router.post("/images/looking/cancel")
 def stop_looking(request: Request) -> dict[str, Any]:
-    data = current(of(request).home)
-    data.stop_looking()
-    return {"looking": data.looking()}
+    home = of(request).home
+    datasets.stop_looking(home)
+    return {"looking": datasets.looking(home)}
 
 
 @router.post("/images/remove")

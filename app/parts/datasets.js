@@ -1,7 +1,7 @@
 // Data sets as things: which one is open, the others, copies, zips, the trash; and further sets that are trained together with it.
 import { api, ask, attempt, button, debounce, field, fill, get, h, megabytes, plural, post, Refused, toast } from "/static/core.js";
 import { keyed } from "/static/draft.js";
-import { chosen, upload } from "/static/intake.js";
+import { chosen, looking, upload } from "/static/intake.js";
 
 const day = (time) => new Date(time * 1000).toLocaleDateString(undefined, { day: "numeric", month: "short", year: "numeric" });
 
@@ -15,10 +15,13 @@ export function chooser(page) {
 
   const file = h("input", { type: "file", multiple: true, accept: ".zip,image/*,.txt,.caption,.jsonl,.csv,.tsv,.json", class: "la-offscreen", tabIndex: -1, "aria-label": "Choose a data set to import", id: "import-files", on: { change: () => bring() } });
   const importing = h("span", { class: "la-small la-muted", role: "status" });
+  let cancel = () => {};
+  const stop = button("Cancel", () => cancel(), { kind: "link", id: "import-cancel" });
+  stop.hidden = true;
   const path = field("Or a folder on this computer", h("input", { type: "text", id: "import-path", spellcheck: false, placeholder: "/home/me/kohya/img" }));
   const body = h("div", { class: "la-stack nl-sets-body" }, list, version,
     h("div", { class: "la-stack nl-import" },
-      h("div", { class: "la-row" }, button("Import a data set", () => file.click(), { id: "import-dataset" }), file, importing),
+      h("div", { class: "la-row" }, button("Import a data set", () => file.click(), { id: "import-dataset" }), file, importing, stop),
       h("div", { class: "nl-path" }, path.node, button("Import the folder", () => bringFolder(), { id: "import-folder" })),
       h("p", { class: "la-help" }, "A zip (exported here, or any with images), folders of kohya (10_name class), a Hugging Face image folder, captions in .jsonl, .csv or .json. ",
         h("a", { href: "/help/datasets" }, "More on data sets"), ".")));
@@ -104,13 +107,32 @@ export function chooser(page) {
     const files = chosen(file);
     file.value = "";
     if (!files.length || !(await draft.flush())) return;
-    const show = (share) => { importing.textContent = share < 1 ? `${Math.round(100 * share)} % of ${megabytes(files.reduce((n, [, f]) => n + f.size, 0))} sent` : "Looking at the pictures …"; };
-    const answer = await attempt(() => upload(files, show, "/api/datasets/import").done);
-    importing.textContent = "";
+    const size = megabytes(files.reduce((n, [, f]) => n + f.size, 0));
+    let end = null;
+    const sent = upload(files, (share) => {
+      if (share < 1) importing.textContent = `${Math.round(100 * share)} % of ${size} sent`;
+      else end ??= look();
+    }, "/api/datasets/import");
+    stop.hidden = false;
+    cancel = sent.cancel;
+    const answer = await attempt(() => sent.done);
+    end?.();
+    done();
     if (answer) await brought(answer);
+  }
+  function look() {  // what came is looked at on the server
+    stop.hidden = false;
+    cancel = () => attempt(() => post("/images/looking/cancel"));
+    importing.textContent = "Looking at the pictures …";
+    return looking((now) => { importing.textContent = `Looking at the pictures: ${now.done} of ${now.total}`; });
+  }
+  function done() {
+    stop.hidden = true;
+    importing.textContent = "";
   }
   async function bringFolder() {
     if (!(await draft.flush())) return;
+    const end = look();
     try {
       const answer = await post("/datasets/import-folder", { path: path.control.value });
       path.error("");
@@ -119,6 +141,9 @@ export function chooser(page) {
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
       path.error(error.message);
+    } finally {
+      end();
+      done();
     }
   }
   async function brought(answer) {

@@ -555,15 +555,15 @@ def test_what_is_being_looked_at_is_told_and_can_be_ended(data, monkeypatch):
     told, look = [], pictures.inspect
 
     def slow(path, cache):
-        told.append(data.looking())
+        told.append(datasets.looking(data.home))
         if len(told) == 5:
-            data.stop_looking()
+            datasets.stop_looking(data.home)
         return look(path, cache)
 
     monkeypatch.setattr(pictures, "inspect", slow)
     with pytest.raises(Problem, match="Cancelled; nothing was added") as refused:
         data.add_files([(f"{k}.png", io.BytesIO(picture(k))) for k in range(30)])
     assert refused.value.status == 409 and all(t["total"] == 30 for t in told) and 0 < max(t["done"] for t in told) < 30
-    assert data.items() == [] and data.looking() is None and not list((data.root / "incoming").iterdir())
-    data.stop_looking()  # of nothing
+    assert data.items() == [] and datasets.looking(data.home) is None and not list((data.root / "incoming").iterdir())
+    datasets.stop_looking(data.home)  # of nothing
     assert data.add_files([("a.png", io.BytesIO(picture(1)))])[0] == 1

@@ -9,7 +9,8 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from app import caption_lists, datasets, draft, exchange, preflight
+from app import caption_lists, datasets, draft, exchange, pictures, preflight
+from app.errors import Problem
 from app.paths import Home
 from tests.app.test_api_images import picture
 from trainer.config.load import validate
@@ -128,6 +129,23 @@ def test_folders_of_kohya_become_sets_of_their_own(home, tmp_path):
     (fox,), _ = exchange.bring_folder(home, str(single))
     assert (fox.read()["trigger"], fox.read()["class_word"], fox.read()["repeats"]) == ("fox", "animal", 5)
     assert fox.read()["files"]["a.png"]["origin"] == str(single / "a.png")  # used in place
+
+
+def test_an_import_can_be_cancelled_while_its_pictures_are_looked_at(home, monkeypatch):
+    look, told = pictures.inspect, []
+
+    def slow(path, cache):
+        told.append(datasets.looking(home))
+        if len(told) == 4:
+            datasets.stop_looking(home)
+        return look(path, cache)
+
+    monkeypatch.setattr(pictures, "inspect", slow)
+    raw = zipped({f"{k}.png": picture(k) for k in range(20)})
+    with pytest.raises(Problem, match="Cancelled; nothing was added"):
+        exchange.bring_files(home, [("cats.zip", io.BytesIO(raw))])
+    assert told[0]["total"] == 20 and len(told) < 20
+    assert exchange.every(home, "") == [] and not list(home.datasets.iterdir()) and datasets.looking(home) is None
 
 
 LISTS = {

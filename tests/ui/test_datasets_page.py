@@ -2,10 +2,13 @@
 
 import io
 import json
+import re
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import expect
 
 from tests.app.test_advice import photo
@@ -148,3 +151,22 @@ def test_another_set_is_trained_together(open_page, app, shots, zorps):
     expect(page.locator("#draft-saved")).to_have_attribute("data-state", "saved")
     view = app.get("/draft")
     assert view["draft"]["sets"] == [] and "loss.prior_weight" not in view["draft"]["changes"]
+
+
+def test_an_import_is_cancelled(open_page, app, tmp_path):
+    """Of pictures that take a third of a second each."""
+    shade = np.add.outer(np.arange(3000), np.arange(4000)).astype(np.uint8)
+    big = io.BytesIO()
+    Image.fromarray(np.dstack([shade] * 3)).save(big, "PNG", compress_level=1)
+    with zipfile.ZipFile(tmp_path / "big.zip", "w") as archive:
+        for k in range(40):
+            archive.writestr(f"{k}.png", big.getvalue() + bytes([k]))  # what follows the end of a PNG counts for nothing
+    page = open_page("/")
+    page.locator("#datasets summary").click()
+    sets = len(app.get("/datasets")["datasets"])
+    page.locator("#import-files").set_input_files(tmp_path / "big.zip")
+    expect(page.locator(".nl-import").get_by_role("status")).to_have_text(re.compile(r"Looking at the pictures: \d+ of 40"))
+    page.locator("#import-cancel").click()
+    expect(page.locator(".la-toast")).to_contain_text("Cancelled; nothing was added.")
+    expect(page.locator("#import-cancel")).to_be_hidden()
+    assert len(app.get("/datasets")["datasets"]) == sets
