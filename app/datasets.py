@@ -865,6 +865,16 @@ class Dataset:
         folder = Path(job["folder"])
         return {"id": folder.name, "style": job["style"], **runner.progress(folder, "captioned", ("done", "total"))}
 
+    def mask_job(self, runner: Any) -> dict[str, Any] | None:
+        """The last `trainer mask`: {"prompt", "state", "done", "total", "found", "text"}; None where there was none."""
+        job = self.read()["mask_job"]
+        return job and {"prompt": job["prompt"], **runner.progress(Path(job["folder"]), "masked", ("done", "total", "found"))}
+
+    def masking(self, runner: Any) -> bool:
+        """Whether masks are being made, or wait for it."""
+        job = self.mask_job(runner)
+        return bool(job) and job["state"] in ("waiting", "starting", "running")
+
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 from PIL.Image import Resampling
@@ -12,10 +11,6 @@ from PIL.Image import Resampling
 from app.errors import Problem
 from trainer.data.images import DAMAGED, FORMATS, turn
 from trainer.data.scan import MASK, MASK_ASPECT
-
-if TYPE_CHECKING:
-    from app.datasets import Dataset
-    from app.runner import Runner
 
 BY_WORDS = "Mask by words: "  # how the label of such a job begins, which cannot be taken back while it writes
 LARGEST = 1024  # pixels of a mask's longer side: each latent has the mean over 8 x 8 pixels of the bucket, so more shows nothing
@@ -83,17 +78,3 @@ def _png(grey: PIL.Image.Image) -> bytes:
     out = io.BytesIO()
     grey.save(out, "PNG")
     return out.getvalue()
-
-
-def job(data: Dataset, runner: Runner) -> dict[str, Any] | None:
-    """The data set's last `trainer mask`: {"prompt", "state", "done", "total", "found", "text"}; None where there was none."""
-    asked = data.read()["mask_job"]
-    if not asked:
-        return None
-    return {"prompt": asked["prompt"], **runner.progress(Path(asked["folder"]), "masked", ("done", "total", "found"))}
-
-
-def busy(data: Dataset, runner: Runner) -> bool:
-    """Whether masks are being made, or wait for it."""
-    now = job(data, runner)
-    return bool(now) and now["state"] in ("waiting", "starting", "running")

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
-from app import datasets, draft, exchange, masks, pictures
+from app import datasets, draft, exchange, pictures
 from app.api.draft import view
 from app.api.images import BUSY, uploaded
 from app.context import of
@@ -112,7 +112,7 @@ def trash(request: Request, id: str) -> dict[str, Any]:
     home, kept = context.home, draft.load(context.home)
     data = datasets.open(home, id)
     job = data.caption_job(context.runner)
-    if (job and job["state"] in BUSY) or masks.busy(data, context.runner):
+    if (job and job["state"] in BUSY) or data.masking(context.runner):
         raise Problem("Captions or masks of this data set are being written. Cancel that, or wait until it ends.", 409)
     if any(each["dataset"] == id for each in kept["sets"]):
         raise Problem("This data set is a further set of the training above. Take it out there first.", 409)

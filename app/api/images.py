@@ -211,7 +211,7 @@ def undo(request: Request) -> dict[str, Any]:
     data = current(home)
     if data.undo_label().startswith(CAPTIONING) and _captioning(context, data):
         raise Problem("The captions are being written now. Cancel the captioning, or wait until it ends, then undo it.", 409)
-    if data.undo_label().startswith(masks.BY_WORDS) and masks.busy(data, context.runner):
+    if data.undo_label().startswith(masks.BY_WORDS) and data.masking(context.runner):
         raise Problem("The masks are being made now. Cancel that, or wait until it ends, then undo it.", 409)
     undone = data.undo()
     if not undone and draft.undo_new(home):

@@ -121,7 +121,7 @@ def masks_of_alpha(request: Request, body: IdsBody) -> dict[str, Any]:
 def job(request: Request) -> dict[str, Any]:
     context = of(request)
     there, size, note = _there(settings.load(context.home).masker)
-    now = masks.job(current(context.home), context.runner)
+    now = current(context.home).mask_job(context.runner)
     return {"source": settings.load(context.home).masker, "there": there, "size_mb": size, "note": note, "job": now}
 
 
@@ -134,7 +134,7 @@ def mask_by_words(request: Request, body: WordsBody) -> dict[str, Any]:
         raise Problem(said, errors={"prompt": said})
     with _one_at_a_time:
         data = current(home)
-        if masks.busy(data, context.runner):
+        if data.masking(context.runner):
             raise Problem("Masks are being made already. Wait until that ends, or cancel it.", 409)
         count = data.count() - (data.masked() if body.which == "missing" else 0)
         if not count:
@@ -155,7 +155,7 @@ def mask_by_words(request: Request, body: WordsBody) -> dict[str, Any]:
 def cancel(request: Request) -> dict[str, Any]:
     context = of(request)
     data = current(context.home)
-    if masks.busy(data, context.runner):
+    if data.masking(context.runner):
         folder = Path(data.read()["mask_job"]["folder"])
         context.runner.cancel(folder)
         if context.runner.look(folder).state == "none":  # it had only waited: as if it had never been asked for

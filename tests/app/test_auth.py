@@ -215,6 +215,7 @@ def test_guessing_has_to_wait_and_the_right_password_too(client, clock):
 # ---- the process --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="starts a second process group")
 def test_listen_says_what_it_exposes_and_asks_for_the_password(tmp_path):
     port = free_port()

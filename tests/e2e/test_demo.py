@@ -19,6 +19,8 @@ from trainer.config.load import load, merge
 from trainer.demo import measure, world
 from trainer.demo.run import DEMO, LEAN, SAMPLING, UNRELATED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 ZORP_PROMPTS = [f"zorp on a {c} background" for c in ("blue", "white", "pink", "grey", "purple", "red", "teal", "black")]
 
@@ -77,7 +79,6 @@ def test_the_concept_is_learnt(demo):
     assert demo["loss_after"] < demo["loss_before"] / 2
 
 
-@pytest.mark.slow
 def test_another_concepts_lora_does_not_help(demo, tmp_path):
     """The control: the same settings trained on owls, scored on zorps."""
     data = [{"folder": str(DEMO / "data/owl/train")}, {"folder": str(DEMO / "data/zorp/held_out"), "kind": "validation"}]

@@ -61,6 +61,7 @@ def test_a_training_imports_nothing_heavy_and_leaves_the_collector_on(training):
     assert json.loads(out) == [True, []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken",
     [
@@ -148,9 +149,9 @@ torch.optim.AdamW([parameter]).step()
     "ask",
     [
         "",
-        "import torch._dynamo.utils",
-        "from torch._dynamo.eval_frame import OptimizedModule",
-        "assert not isinstance(torch.nn.Linear(2, 2), torch._dynamo.eval_frame.OptimizedModule)",
+        pytest.param("import torch._dynamo.utils", marks=pytest.mark.slow),
+        pytest.param("from torch._dynamo.eval_frame import OptimizedModule", marks=pytest.mark.slow),
+        pytest.param("assert not isinstance(torch.nn.Linear(2, 2), torch._dynamo.eval_frame.OptimizedModule)", marks=pytest.mark.slow),
         "assert torch._dynamo.eval_frame.innermost_fn",
     ],
 )

@@ -63,6 +63,7 @@ def rates(trained):
     return {e["step"]: e["rate"] for e in trained.events("step")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", CASES.values(), ids=CASES.keys())
 def test_a_run_whose_length_changed_resumes_to_the_same_weights(more, ask, train, same, monkeypatch):
     """Longer after 3 steps, shorter after 6; then stopped at, between and after the changes."""
@@ -234,6 +235,7 @@ def test_a_stopped_run_gets_its_length_at_the_command_line(command, train, tmp_p
     assert "--visits gives a run that is resumed a new length" in process.communicate(timeout=240)[0]
 
 
+@pytest.mark.slow
 def test_two_processes_change_their_length_as_one(command, wait_for, train, tmp_path):
     settings = DRAWN | {"train.visits": 20, "output.checkpoint_every": 0}
     process = command(tmp_path, settings, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"))

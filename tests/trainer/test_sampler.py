@@ -349,6 +349,7 @@ def test_previews_of_a_run_take_a_tenth_of_it_at_most(cost, total):
     assert not made or max(gaps) <= 2.5 * total / (len(made) + 1)
 
 
+@pytest.mark.slow
 def test_fewer_previews_change_nothing_that_is_learnt(train, monkeypatch, same):
     shown = {"preview.enabled": True, "preview.steps": 2, "preview.prompts": ["zorp"], "train.visits": 8, "adapter.dropout": 0.2}
     done = {}

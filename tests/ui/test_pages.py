@@ -104,6 +104,7 @@ def test_a_settings_field_is_saved_when_it_is_left(open_page, app, tmp_path):
     expect(page.get_by_label("My LoRA folder", exact=True)).to_have_value(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_twelve_tabs_work_at_once(open_page, app, finished):
     """All in one browser context: more than the six connections that HTTP/1.1 allows to one place."""
     first = open_page(f"/runs?run={finished}")
