@@ -38,7 +38,7 @@ class Other:
 @dataclass(frozen=True)
 class About:
     """What the pictures are for. `style`: the captions that the model was trained on, tags | sentences | "" (not known, or either);
-    `windows`: how often CLIP's 75 tokens of a caption are read at most."""
+    `windows`: how often CLIP's 75 tokens of a caption are read at most; `alike`: names of images that a captioner can hardly tell apart."""
 
     purpose: str = "character"
     trigger: str = ""
@@ -46,6 +46,7 @@ class About:
     style: str = ""
     windows: int = 3
     others: tuple[Other, ...] = ()
+    alike: frozenset[str] = frozenset()
 
 
 Item = dict[str, Any]  # an IMAGE of assets/help/api.md
@@ -265,6 +266,13 @@ def _pose(images: Sequence[Item], looks: Mapping[str, pictures.Look], about: Abo
         alike = [i for i, yes in zip(seen, near, strict=True) if yes]
         text = f"{_of(len(alike), len(images))} are built nearly alike: the same pose or view. Add others, from other sides and distances,"
         yield _say("pose", f"{text} or the LoRA can draw little else.", alike)
+        return
+    alike = [i for i in seen if i["name"] in about.alike]
+    if len(alike) >= SHARE * len(seen):
+        text = (
+            f"{_of(len(alike), len(images))} are nearly the same to the model that captioned them: one differs from another less than from"
+        )
+        yield _say("variety", f"{text} its own middle. Add pictures with other places, poses, light and distances.", alike)
 
 
 def _different(images: Sequence[Item], looks: Mapping[str, pictures.Look]) -> list[Item]:

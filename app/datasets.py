@@ -36,6 +36,7 @@ from typing import Any, BinaryIO
 from app import caption_texts, intake, masks, pictures, subject
 from app.errors import Problem
 from app.paths import ROOT, Home
+from trainer import events
 from trainer.data.buckets import Placement, place
 from trainer.data.captions import parts_of, trigger_first, without
 from trainer.data.images import DAMAGED
@@ -864,6 +865,12 @@ class Dataset:
             return None
         folder = Path(job["folder"])
         return {"id": folder.name, "style": job["style"], **runner.progress(folder, "captioned", ("done", "total"))}
+
+    def told_alike(self) -> frozenset[str]:
+        """Names of the images that the last captioner could hardly tell apart."""
+        job = self.read()["caption_job"]
+        told = [e["alike"] for e in events.read(Path(job["folder"]) / "events.jsonl") if e["type"] == "variety"] if job else []
+        return frozenset(told[-1] if told else ())
 
     def mask_job(self, runner: Any) -> dict[str, Any] | None:
         """The last `trainer mask`: {"prompt", "state", "done", "total", "found", "text"}; None where there was none."""

@@ -129,6 +129,7 @@ def get_advice(request: Request) -> dict[str, Any]:
         style=_trained_on(home, kept),
         windows=windows if windows in (1, 2, 3) else 3,
         others=tuple(_other(home, each) for each in kept["sets"] if (home.datasets / each["dataset"]).is_dir()),
+        alike=data.told_alike(),
     )
     return {"advice": advice.advise(items(home, data), data.looks(), about)}
 

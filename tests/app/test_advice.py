@@ -158,6 +158,14 @@ def test_the_same_pose(advised):
     assert len(found["pose"]["images"]) >= 8 and "the same pose" in found["pose"]["text"]
 
 
+def test_what_a_captioner_can_hardly_tell_apart(advised):
+    alike = frozenset(f"{k:02}.png" for k in range(8))
+    found = advised(about=replace(ABOUT, alike=alike))
+    assert list(found) == ["variety"] and found["variety"]["images"] == sorted(name[:2] for name in alike)
+    assert "8 of 10 images are nearly the same to the model that captioned them" in found["variety"]["text"]
+    assert advised(about=replace(ABOUT, alike=frozenset(sorted(alike)[:7]))) == {}
+
+
 def test_missing_captions(advised):
     some = {n: t for n, t in captions().items() if n > "03"}
     found = advised(texts=some)

@@ -551,6 +551,20 @@ def test_many_images_come_and_go_without_a_look_at_each_other(data, monkeypatch)
     assert counted(data.undo) < 6 and set(data.texts().values()) == {"zorp, thing"}
 
 
+def test_what_the_last_captioner_found_alike(data, tmp_path):
+    assert data.told_alike() == frozenset()
+    data.set_caption_job(tmp_path / "job")
+    assert data.told_alike() == frozenset()  # it has not begun
+    told = [
+        {"type": "captioned"},
+        {"type": "variety", "alike": ["a.png"], "of": 9},
+        {"type": "variety", "alike": ["b.png", "c.png"], "of": 9},
+    ]
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "events.jsonl").write_text("".join(f"{json.dumps(e)}\n" for e in told))
+    assert data.told_alike() == {"b.png", "c.png"}
+
+
 def test_what_is_being_looked_at_is_told_and_can_be_ended(data, monkeypatch):
     told, look = [], pictures.inspect
 

@@ -1,11 +1,13 @@
 """The demo captioner, by the job that the page starts too: what it says of pictures that nobody has drawn before."""
 
+import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from trainer import events
 from trainer.captioners import blip, files
 from trainer.captioners.job import caption
 from trainer.demo import captioner, measure, world
@@ -89,3 +91,23 @@ def test_the_script_leaves_a_model_that_the_job_loads(tmp_path, monkeypatch):
     captioner.draw(folder, range(2))
     assert caption(folder, tmp_path / "job", settings={"source": str(tmp_path / "made")}, device="cpu") == "finished"
     assert len(list(folder.glob("*.txt"))) == 2
+
+
+def test_pictures_that_it_can_hardly_tell_apart_are_told(tmp_path):
+    """One scene, a little moved, nearer or darker each time; beside it the example's pictures, of one creature at different places."""
+    rng = random.Random(0)
+    scene = world.draw(world.random_scene(random.Random(5)), 160, 0)
+    (tmp_path / "same").mkdir()
+    for k in range(12):
+        side, x, y = rng.randint(148, 158), rng.randint(0, 2), rng.randint(0, 2)
+        same = scene.crop((x, y, x + side, y + side)).resize((128, 128)).point(lambda v, k=k: v * (0.9 + 0.02 * (k % 6)))
+        same.save(tmp_path / "same" / f"{k:02}.png")
+    shutil.copytree(DEMO / "data" / "zorp" / "train", tmp_path / "zorp", ignore=shutil.ignore_patterns("*.txt"))
+    shares = {}
+    for name in ("same", "zorp"):
+        captions(tmp_path / name, tmp_path / f"{name}-job")
+        told = [e for e in events.read(tmp_path / f"{name}-job" / "events.jsonl") if e["type"] == "variety"]
+        assert len(told) == 1 and told[0]["of"] == len(list((tmp_path / name).glob("*.png")))
+        assert all((tmp_path / name / file).is_file() for file in told[0]["alike"])
+        shares[name] = len(told[0]["alike"]) / told[0]["of"]
+    assert shares["same"] == 1 and shares["zorp"] < 0.75, shares

@@ -45,29 +45,50 @@ SHAPE = Shape(
 )
 
 
-def build(config: Config, folder: Path, device: str, dtype: str, note: Callable[[str], None]) -> Callable[[Sequence[Image]], list[str]]:
-    """Load the model onto `device` in `dtype` ("fp32", "bf16", "fp16"); the function captions a batch by beam search."""
-    imports.light()
-    import torch
-    from transformers import BertTokenizerFast, BlipForConditionalGeneration
-    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil  # the other one needs torchvision
-    from transformers.utils import logging
+class Blip:
+    """A loaded model: captions of images, and what its vision encoder makes of them.
 
-    from trainer.hardware import torch_dtype
+    Attributes:
+        states: (N, D) of the N images of the last call, float32 on the CPU.
+    """
 
-    logging.disable_progress_bar()
-    number = torch_dtype(dtype)
-    model = BlipForConditionalGeneration.from_pretrained(folder, dtype=number, use_safetensors=True).eval().to(device)
-    tokenizer = BertTokenizerFast.from_pretrained(folder)
-    prepare = BlipImageProcessorPil.from_pretrained(folder)
+    def __init__(self, config: Config, folder: Path, device: str, dtype: str) -> None:
+        imports.light()
+        import torch
+        from transformers import BertTokenizerFast, BlipForConditionalGeneration
+        from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil  # the other one needs torchvision
+        from transformers.utils import logging
 
-    @torch.inference_mode()
-    def caption(images: Sequence[Image]) -> list[str]:
-        pixels = prepare(images=list(images), return_tensors="pt").pixel_values.to(device, number)
-        tokens = model.generate(pixels, max_new_tokens=config.max_tokens, num_beams=3, do_sample=False)
-        return [tidy(text) for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        from trainer.hardware import torch_dtype
 
-    return caption
+        logging.disable_progress_bar()
+        self.config, self.device, self.number, self.inference = config, device, torch_dtype(dtype), torch.inference_mode
+        self.model = BlipForConditionalGeneration.from_pretrained(folder, dtype=self.number, use_safetensors=True).eval().to(device)
+        self.tokenizer = BertTokenizerFast.from_pretrained(folder)
+        self.prepare = BlipImageProcessorPil.from_pretrained(folder)
+        self.model.vision_model.register_forward_hook(self._see)
+
+    def __call__(self, images: Sequence[Image]) -> list[str]:
+        """Captions by beam search."""
+        with self.inference():
+            tokens = self.model.generate(self._pixels(images), max_new_tokens=self.config.max_tokens, num_beams=3, do_sample=False)
+        return [tidy(text) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def look(self, images: Sequence[Image]) -> None:
+        """Make the `states` of images alone."""
+        with self.inference():
+            self.model.vision_model(self._pixels(images))
+
+    def _pixels(self, images: Sequence[Image]) -> Any:
+        return self.prepare(images=list(images), return_tensors="pt").pixel_values.to(self.device, self.number)
+
+    def _see(self, module: Any, given: Any, made: Any) -> None:
+        self.states = made.last_hidden_state[:, 0].float().cpu().numpy()
+
+
+def build(config: Config, folder: Path, device: str, dtype: str, note: Callable[[str], None]) -> Blip:
+    """Load the model onto `device` in `dtype` ("fp32", "bf16", "fp16")."""
+    return Blip(config, folder, device, dtype)
 
 
 def tidy(text: str) -> str:

@@ -6,6 +6,7 @@ Events besides the frame's:
     started      name (the captioner), total (images to caption), device, dtype, reasons
     chosen       text: how the captioner is run and why (bits, processor)
     captioned    done, total, file (relative to the folder, with slashes), text, seconds (of its batch, shared out)
+    variety      alike: files that the captioner can hardly tell apart, of: how many it saw (trainer.captioners.variety; not of every captioner)
     warning      text: an image that was passed over
     finished     done, total, skipped
 
@@ -20,10 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 from pydantic import ValidationError
 
-from trainer.captioners import CAPTIONERS, files, kind_of
+from trainer.captioners import CAPTIONERS, files, kind_of, variety
 from trainer.captioners.texts import combined
 from trainer.data.images import DAMAGED, open_rgb
 from trainer.data.scan import listing
@@ -126,6 +128,7 @@ def _caption(job: Job, folder: Path, name: str, config: Any, targets: list[Targe
         job.emit("stage", name="loading")
         write = kind.build(config, source, hardware.device, hardware.dtype, lambda text: job.emit("chosen", text=text))
         job.emit("stage", name="captioning")
+        looked = _Looked(write)
         for at in range(0, len(targets), config.batch):
             job.check()
             began, opened = time.time(), []
@@ -136,6 +139,7 @@ def _caption(job: Job, folder: Path, name: str, config: Any, targets: list[Targe
                     skipped += 1
                     job.emit("warning", text=f"{image.name} cannot be read and was passed over ({error}). Copy it again or remove it.")
             texts = write([rgb for *_, rgb in opened]) if opened else []
+            looked.at([(image, rgb) for image, _, _, rgb in opened])
             seconds = round((time.time() - began) / max(1, len(texts)), 2)
             for (image, target, old, _), new in zip(opened, texts, strict=True):
                 if not new:
@@ -149,7 +153,35 @@ def _caption(job: Job, folder: Path, name: str, config: Any, targets: list[Targe
                 done += 1
                 file = image.relative_to(folder).as_posix()
                 job.emit("captioned", done=done, total=len(targets), file=file, text=text, seconds=seconds)
+        if found := looked.alike():
+            job.emit("variety", alike=[image.relative_to(folder).as_posix() for image in found], of=len(looked.images))
     return {"done": done, "total": len(targets), "skipped": skipped}
+
+
+class _Looked:
+    """What a captioner's vision encoder made of the images so far, where it has one that can be asked (`states`, `look`)."""
+
+    def __init__(self, captioner: Any) -> None:
+        self.captioner = captioner if hasattr(captioner, "look") else None
+        self.images: list[Path] = []
+        self.states: list[Any] = []
+        self.middles: list[Any] = []
+
+    def at(self, opened: Sequence[tuple[Path, PIL.Image.Image]]) -> None:
+        """After these images were captioned together."""
+        if not self.captioner or not opened:
+            return
+        self.images += [image for image, _ in opened]
+        self.states += [*self.captioner.states]
+        if more := [variety.middle(rgb) for _, rgb in opened][: variety.MIDDLES - len(self.middles)]:
+            self.captioner.look(more)
+            self.middles += [*self.captioner.states]
+
+    def alike(self) -> list[Path]:
+        """Those that are hardly told apart; none where too few were seen."""
+        if len(self.images) < variety.LEAST:
+            return []
+        return [self.images[k] for k in variety.alike(np.stack(self.states), np.stack(self.middles))]
 
 
 def place(found: Sequence[tuple[Path, Path | None, str]]) -> list[Target]:
