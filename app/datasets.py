@@ -432,12 +432,15 @@ class Dataset:
                 self._save_crops(changed)
             return len(changed)
 
-    def subjects(self, kept: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        """Where the subject of images is, by their ids: the point for `set_focus` of each. `kept`: the shares that its crop has of its sides."""
+    def subjects(self, kept: dict[str, tuple[float, float]], faces: bool = False) -> dict[str, tuple[float, float]]:
+        """Where the subject of images is, by their ids: the point for `set_focus` of each.
+
+        `kept`: the shares that its crop has of its sides; `faces`: whether faces are looked for.
+        """
         paths = {id: self.find(id) for id in kept}
         found = self._masks(self.images)
         with ThreadPoolExecutor(4) as pool:
-            points = pool.map(lambda id: subject.point(paths[id], kept[id], found.get(paths[id].name)), kept)
+            points = pool.map(lambda id: subject.point(paths[id], kept[id], found.get(paths[id].name), faces), kept)
             return dict(zip(kept, points, strict=True))
 
     def _masks(self, folder: Path) -> dict[str, Path]:

@@ -73,7 +73,7 @@ def focus_all(request: Request, body: FocusAllBody) -> dict[str, Any]:
         return listing(home, data, changed=data.set_focus(dict.fromkeys(active)))
     kept = {id: tuple(i["crop"][2:]) for id, i in active.items() if i["crop"] and min(i["crop"][2:]) < WHOLE}
     try:
-        points = data.subjects(kept)
+        points = data.subjects(kept, faces=draft.load(home)["purpose"] == "character")
     except DAMAGED as error:
         raise Problem(f"An image cannot be read ({error}). The notes on the images say which.") from None
     return listing(home, data, changed=data.set_focus(points))

@@ -2,12 +2,13 @@
 
 import io
 import json
+import sys
 import time
 import zipfile
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from starlette.testclient import TestClient
 
 from app import datasets, draft, masks, subject
@@ -109,6 +110,39 @@ def test_the_subject_is_found_and_a_mask_says_it_better(client, home):
     )
     centred = client.post("/api/images/focus", json={"how": "centre"}).json()
     assert {tuple(i["focus"]) for i in centred["images"]} == {(0.5, 0.5)}
+
+
+def portrait() -> Image.Image:
+    """A face on the right, and on the left a heap of bright discs that stand out more."""
+    image = Image.new("RGB", (640, 320), (90, 120, 160))
+    draw, rng = ImageDraw.Draw(image), np.random.default_rng(0)
+    for _ in range(60):
+        x, y, r = int(rng.integers(30, 170)), int(rng.integers(60, 260)), int(rng.integers(6, 24))
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(map(int, rng.integers(0, 256, 3))), outline="white")
+    x, y, w, h = 460, 80, 120, 150
+    draw.ellipse((x, y, x + w, y + h), fill=(224, 180, 150))
+    draw.chord((x, y - 10, x + w, y + 0.45 * h), 180, 360, fill=(60, 40, 30))
+    for eye in (x + 0.3 * w, x + 0.7 * w):
+        draw.rectangle((eye - 16, y + 0.36 * h, eye + 16, y + 0.4 * h), fill=(70, 45, 35))
+        draw.ellipse((eye - 12, y + 0.42 * h, eye + 12, y + 0.5 * h), fill=(120, 90, 80))
+        draw.ellipse((eye - 6, y + 0.43 * h, eye + 6, y + 0.49 * h), fill=(30, 20, 20))
+    draw.polygon([(x + 0.5 * w, y + 0.45 * h), (x + 0.43 * w, y + 0.66 * h), (x + 0.57 * w, y + 0.66 * h)], fill=(205, 160, 130))
+    draw.ellipse((x + 0.32 * w, y + 0.74 * h, x + 0.68 * w, y + 0.82 * h), fill=(150, 60, 60))
+    return image.filter(ImageFilter.GaussianBlur(2))
+
+
+def test_the_subject_of_a_character_is_its_face(client, monkeypatch):
+    image = one(add(client, **{"a.png": png(portrait())}), "a.png")
+
+    def across() -> float:
+        return one(client.post("/api/images/focus", json={"how": "subject", "ids": [image["id"]]}).json(), "a.png")["focus"][0]
+
+    client.patch("/api/draft", json={"purpose": "style"})
+    assert across() < 0.4
+    client.patch("/api/draft", json={"purpose": "character"})
+    assert across() > 0.7
+    monkeypatch.setitem(sys.modules, "cv2", None)  # as if it were not installed
+    assert across() < 0.4
 
 
 def test_the_point_of_a_piece_lies_where_the_piece_can_be(tmp_path):
