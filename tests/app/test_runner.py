@@ -119,6 +119,7 @@ def test_two_runs_one_after_the_other_while_the_app_is_started_anew(home, runner
     assert not psutil.pid_exists(launch["pid"])
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_is_interrupted_and_can_be_resumed(home, runner, run_in):
     run = run_in(home.runs / "killed", {"train.visits": 30, "output.checkpoint_every": 2})
     runner.submit("train", run, words(run))
@@ -139,6 +140,7 @@ def test_a_killed_trainer_is_interrupted_and_can_be_resumed(home, runner, run_in
     assert kinds(run).count("resumed") == 1 and (run / "lora.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_stop_asked_for_while_it_starts_is_heeded_also_when_it_resumes(home, runner, run_in):
     run = run_in(home.runs / "stopped", LONG)
     for more in ([], ["--resume"]):

@@ -385,7 +385,7 @@ def long_captions(draw_pictures, tmp_path):
     return [{"folder": str(folder), "trigger": "zorp"}]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("sd2", "sdxl") else ()) for n in FAMILIES])
 def test_text_windows(name, train, base, same, long_captions, build):
     changes = {"data": long_captions, "part.text_1.train": False}
     assert differs(train, base, name, {**changes, "dataset.text_windows": 1}, same)

@@ -51,6 +51,7 @@ def drag(page: Page, box: dict, start: tuple[float, float], end: tuple[float, fl
     page.mouse.up()
 
 
+@pytest.mark.slow
 def test_a_crop_is_moved_and_a_mask_painted(page, app):
     middle = crop_of(app, "wide 1.png")
     assert middle[2] < 0.7 and middle[0] == pytest.approx((1 - middle[2]) / 2, abs=0.01)
@@ -150,6 +151,7 @@ def test_masks_by_words_come_from_the_trainer_and_are_taken_back(page, app, smal
     assert not any(i["mask"] for i in files_of(app)["images"].values())
 
 
+@pytest.mark.slow
 def test_a_run_shows_what_a_step_is_trained_on(open_page, app, settings):
     run = app.data / "runs" / "20260101-120000-zorp"
     run.mkdir(parents=True)

@@ -112,6 +112,7 @@ def test_a_data_set_is_named_copied_exported_imported_and_deleted(open_page, app
     assert violations(page) == []
 
 
+@pytest.mark.slow
 def test_another_set_is_trained_together(open_page, app, shots, zorps):
     page = open_page("/")
     page.locator("#choose-files").set_input_files(zorps)
