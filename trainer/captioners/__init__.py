@@ -27,7 +27,7 @@ class Captioner:
     config: pydantic model with `source` and `batch` and their defaults, and what else can be set.
     shape: the files of its models, for trainer.captioners.files.
     build: (config, folder, device, dtype name, note) -> Caption. Loads the model; it is freed with the function. `note` gets sentences on
-        how it is run and why.
+        how it is run and why. A captioner with `states` and `look`, as blip.Blip has them, also tells which images are alike.
     """
 
     style: Style
