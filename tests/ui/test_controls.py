@@ -728,6 +728,7 @@ def test_log_out_ends_the_session(browser, start_app):
 @pytest.mark.slow
 def test_save_start_from_it_and_the_playground_with_the_real_trainer(open_page, app):
     small = {"train.visits": 1000, "preview.enabled": False, "validation.enabled": False, "adapter.rank": 2, "train.batch_size": 2}
+    small |= {"part.unet.learning_rate": 3e-3, "schedule.warmup": 0}  # so that five steps show in the weights
     app.post("/draft/example")
     app.post("/draft", {"name": "Real", "changes": small}, method="PATCH")
     first = app.data / "runs" / app.post("/runs", {"draft": True})["id"]
