@@ -43,6 +43,7 @@ from trainer.data.images import DAMAGED
 from trainer.data.scan import CENTRE, CROPS, OTHER_SUFFIXES, SUFFIXES, decode, inspect, list_files, read_crops, sidecars_of
 from trainer.run_dir import replace, write_atomic
 
+BUSY = ("waiting", "starting", "running")  # states of a job
 UNDO = 200  # changes that can be taken back
 ACTIONS = ("trigger_first", "replace", "prepend", "append", "remove_tag", "clear")
 
@@ -869,6 +870,10 @@ class Dataset:
         folder = Path(job["folder"])
         return {"id": folder.name, "style": job["style"], **runner.progress(folder, "captioned", ("done", "total"))}
 
+    def captioning(self, runner: Any) -> bool:
+        """Whether captions are being written, or wait for it."""
+        return (self.caption_job(runner) or {}).get("state") in BUSY
+
     def told_alike(self) -> frozenset[str]:
         """Names of the images that the last captioner could hardly tell apart."""
         job = self.read()["caption_job"]
@@ -882,8 +887,7 @@ class Dataset:
 
     def masking(self, runner: Any) -> bool:
         """Whether masks are being made, or wait for it."""
-        job = self.mask_job(runner)
-        return bool(job) and job["state"] in ("waiting", "starting", "running")
+        return (self.mask_job(runner) or {}).get("state") in BUSY
 
 
 def _count(n: int, what: str) -> str:

@@ -147,7 +147,7 @@ def free_gib(device: Any) -> float | None:
 
 def warm_up(wish: str) -> None:
     """Have CUDA make its context, cuBLAS and cuDNN start and Triton read itself, on the device that `choose` will take for this wish or that
-    a launcher gives to this process: a second or so, in a thread beside imports. What does not work is said by whoever needs it."""
+    a launcher gives to this process; for a thread beside imports. What does not work is said by whoever needs it."""
     import torch
     from torch.nn.functional import conv2d, scaled_dot_product_attention
 
@@ -162,7 +162,7 @@ def warm_up(wish: str) -> None:
             torch.cuda.synchronize(device)
             from triton.runtime.cache import triton_key
 
-            triton_key()  # a hash of all its files, which it keeps; half a second
+            triton_key()  # a hash of all its files, which it keeps
 
 
 def spills() -> bool:

@@ -317,7 +317,7 @@ def _train(
     previews = preview.Previews(config, family, models, trained, next(iter(ready.plan.buckets())), run, lambda t: emit("warning", text=t))
     if processes.main:
         previews.read(now.prompts)
-    pool = ThreadPoolExecutor(1)  # the copies to the CPU take a second for SDXL, in which the host makes the adapter
+    pool = ThreadPoolExecutor(1)  # while models are copied to the CPU, the host makes the adapter
     parking = pool.submit(models.park, "vae", *(p for p in models.text if p not in store.text.live))
     if "unet" in models.parked:  # there is not room for all of them
         parking.result()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from app import datasets, draft, exchange, pictures
 from app.api.draft import view
-from app.api.images import BUSY, uploaded
+from app.api.images import uploaded
 from app.context import of
 from app.datasets import Dataset
 from app.errors import Problem
@@ -111,8 +111,7 @@ def trash(request: Request, id: str) -> dict[str, Any]:
     context = of(request)
     home, kept = context.home, draft.load(context.home)
     data = datasets.open(home, id)
-    job = data.caption_job(context.runner)
-    if (job and job["state"] in BUSY) or data.masking(context.runner):
+    if data.captioning(context.runner) or data.masking(context.runner):
         raise Problem("Captions or masks of this data set are being written. Cancel that, or wait until it ends.", 409)
     if any(each["dataset"] == id for each in kept["sets"]):
         raise Problem("This data set is a further set of the training above. Take it out there first.", 409)

@@ -30,7 +30,6 @@ from trainer.formats.probe import FormatError
 
 router = APIRouter()
 
-BUSY = ("waiting", "starting", "running")
 CAPTIONING = "Caption "  # how the label of a captioning begins, which cannot be taken back while it writes
 NEW = "Start a new training"
 STYLES = ("sentences", "tags")
@@ -225,8 +224,7 @@ def undo(request: Request) -> dict[str, Any]:
 
 def _captioning(context: Context, data: Dataset) -> Path | None:
     """The folder of the captioning that is under way, or None."""
-    job = data.caption_job(context.runner)
-    return Path(data.read()["caption_job"]["folder"]) if job and job["state"] in BUSY else None
+    return Path(data.read()["caption_job"]["folder"]) if data.captioning(context.runner) else None
 
 
 @router.get("/captioners")

@@ -94,3 +94,28 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         report.read(path)
     with pytest.raises(BenchError, match="cannot be read"):
         report.read(tmp_path / "none.json")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path, capsys):
+    path = tmp_path / "scaling.json"
+    arguments = ["bench", "--processes", "2", "--size", "64", "--steps", "20", "--device", "cpu", "--no-previews", "--json", str(path)]
+    assert cli.main(arguments) == 0
+    told = json.loads(path.read_text())
+    assert told["losses_apart"] < 1e-4 and told["norms_apart"] < 1e-4
+    assert len(told["all"]["losses"]) == len(told["same"]["losses"]) > 3 and told["one"]["losses"] != told["same"]["losses"]
+    assert told["scaling"] == pytest.approx(told["all"]["images_per_s"] / told["one"]["images_per_s"], rel=1e-4)
+    assert "2 processes, 1 each a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--processes", "1"], "--processes is 1; it must be at least 2"),
+        (["--processes", "2", "--only", "ours"], "--processes times no reference: leave --only out"),
+    ],
+)
+def test_processes_that_make_no_comparison_are_told(arguments, said):
+    args = cli.parser().parse_args(["bench", *arguments])
+    with pytest.raises(ValueError, match=said):
+        args.call(args)

@@ -21,10 +21,13 @@ GPU = {"train.device": "cuda", "train.dtype": "bf16", "train.reproducible": True
 def one(command, tmp_path_factory):
     """One GPU that does both GPUs' shares one after the other. A process of its own, since reproducible ways hold for a whole process."""
     root = tmp_path_factory.mktemp("one") / "run"
-    process = command(root, GPU | {"train.accumulation": 2})
+    trained(command(root, GPU | {"train.accumulation": 2}))
+    return root
+
+
+def trained(process):
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
-    return root
 
 
 def told(root, kind):
@@ -41,9 +44,7 @@ def weights(root):
 def test_two_gpus_equal_one_bit_by_bit(launcher, one, command, same, tmp_path):
     """In the reproducible mode, by two graphs with NCCL's sum between them; one writer of events and files."""
     root = tmp_path / "run"
-    process = command(root, GPU, launcher=launcher)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said
+    trained(command(root, GPU, launcher=launcher))
     numbers = [e["seq"] for e in events.read(root / "events.jsonl")]
     assert numbers == list(range(len(numbers)))
     assert [(e["step"], e["loss"]) for e in told(root, "step")] == [(e["step"], e["loss"]) for e in told(one, "step")]
@@ -75,16 +76,12 @@ def test_two_gpus_resume_what_one_began(command, wait_for, tmp_path):
     """In float32; each of the two cuts its share in two again, so it is equal to rounding."""
     changes = GPU | {"train.dtype": "fp32", "train.accumulation": 2}
     alone, root = tmp_path / "alone", tmp_path / "run"
-    process = command(alone, changes)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said
+    trained(command(alone, changes))
     process = command(root, changes)
     wait_for(process, root, "checkpoint", 40)
     process.terminate()
     process.communicate(timeout=60)
-    process = command(root, None, "--resume", launcher=TWO)
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said
+    trained(command(root, None, "--resume", launcher=TWO))
     assert told(root, "resumed") and told(root, "finished")
     a, b = weights(root), weights(alone)
     assert a.keys() == b.keys()
@@ -94,9 +91,7 @@ def test_two_gpus_resume_what_one_began(command, wait_for, tmp_path):
 
 def test_a_chosen_gpu_is_the_one_that_works(command, tmp_path):
     """Triton's kernels and CUDA graphs are launched on torch's current device."""
-    process = command(tmp_path / "run", GPU | {"train.device": "cuda:1", "train.visits": 12})
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said
+    trained(command(tmp_path / "run", GPU | {"train.device": "cuda:1", "train.visits": 12}))
     assert not told(tmp_path / "run", "warning")
     losses = [e["loss"] for e in told(tmp_path / "run", "step")]
     assert losses and all(loss == loss for loss in losses)

@@ -47,6 +47,11 @@ def test_importing_it_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("wish", ["auto", "cpu", "cuda:7", "a toaster"])
+def test_waking_the_gpu_fails_in_silence(wish, cpu_only):
+    hardware.warm_up(wish)
+
+
 def test_a_cpu(cpu_only):
     chosen = hardware.choose()
     assert (chosen.device, chosen.dtype, chosen.attention, chosen.warning) == ("cpu", "fp32", "sdpa", None)

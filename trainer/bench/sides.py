@@ -31,10 +31,10 @@ def bench(case: Case, work: Path | None = None, only: str | None = None, say: Ca
     that make no run, and when a side fails.
     """
     check(case)
-    with _workplace(work) as (models, temp):
+    with workplace(work) as (models, temp):
         say(f"Preparing {case.model} ...")
         wish = {"device": case.device, "dtype": case.dtype, "model": case.model, "work": str(models), "warm": 0, "steps": 0}
-        machine = _child("machine", wish, temp)
+        machine = child("machine", wish, temp)
         warm, steps = case.on(machine["device"])
         draw_images(temp / "images", case)
         config = settings(case, Path(machine["folder"]), temp / "images", machine["device"], machine["dtype"])
@@ -51,12 +51,12 @@ def bench(case: Case, work: Path | None = None, only: str | None = None, say: Ca
         for side in SIDES:
             if only in (None, side):
                 say(f"Timing {'the reference' if side == 'reference' else 'this trainer'} ...")
-                found[side] = _child(side, jobs[side] | common, temp)
+                found[side] = child(side, jobs[side] | common, temp)
     return _together(case, machine, found, warm + steps)
 
 
 @contextlib.contextmanager
-def _workplace(work: Path | None) -> Iterator[tuple[Path, Path]]:
+def workplace(work: Path | None) -> Iterator[tuple[Path, Path]]:
     """(folder of models, folder of this time alone, which is deleted at the end)."""
     try:
         if work is not None:
@@ -70,7 +70,7 @@ def _workplace(work: Path | None) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def _child(role: str, job: dict[str, Any], temp: Path, processes: int = 1) -> dict[str, Any]:
+def child(role: str, job: dict[str, Any], temp: Path, processes: int = 1) -> dict[str, Any]:
     """What a process with this role finds, the first of several. Raises BenchError with its sentence, or with the end of what it said."""
     job_path, result, log = (temp / f"{role}{end}" for end in (".job.json", ".json", ".log"))
     cache = temp / "cache"  # empty, so that ours encodes as at a first run
@@ -122,7 +122,7 @@ def _together(case: Case, machine: dict[str, Any], found: dict[str, Any], steps:
         times = _previews(worth)
         share = times * worth / (times * worth + USUAL_STEPS)
         preview = {"seconds": ours["preview_s"], "pictures": ours["pictures"], "worth_steps": worth, "times": times, "share_of_run": share}
-    return _rounded({
+    return rounded({
         "ours": blocks.get("ours"),
         "reference": blocks.get("reference"),
         "speedup": reference["step_ms"] / ours["step_ms"] if ours and reference else None,
@@ -151,10 +151,10 @@ def _last_losses(told: list[list[float]], steps: int) -> tuple[int, int]:
     return (ends[-2], ends[-1]) if told else (max(0, steps - 10), steps)
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Floats to six digits that count."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: rounded(v) for k, v in value.items()}
+    return [rounded(v) for v in value] if isinstance(value, list | tuple) else value

@@ -169,7 +169,7 @@ class _Looked:
 
     def at(self, opened: Sequence[tuple[Path, PIL.Image.Image]]) -> None:
         """After these images were captioned together."""
-        if not self.captioner or not opened:
+        if not self.captioner or not opened or len(self.images) > variety.MOST:
             return
         self.images += [image for image, _ in opened]
         self.states += [*self.captioner.states]
@@ -178,8 +178,8 @@ class _Looked:
             self.middles += [*self.captioner.states]
 
     def alike(self) -> list[Path]:
-        """Those that are hardly told apart; none where too few were seen."""
-        if len(self.images) < variety.LEAST:
+        """Those that are hardly told apart; none where too few or too many were seen."""
+        if not variety.LEAST <= len(self.images) <= variety.MOST:
             return []
         return [self.images[k] for k in variety.alike(np.stack(self.states), np.stack(self.middles))]
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL.Image import Image, Resampling
 
 MIDDLES = 12  # images whose middles are looked at; their median is what counts
-LEAST = 6  # images; of fewer nothing is said
+LEAST, MOST = 6, 1000  # images; of fewer or more nothing is said: many are compared each with each
 KEPT = 0.8  # of each side
 
 
