@@ -668,6 +668,8 @@ def main(argv: list) -> int:
         epilog="\n".join(f"  {name:8}{text}" for name, text in COMMANDS.items())
         + "\n\n  --index-url URL (or LORA_ATELIER_TORCH_INDEX) installs torch from there.",
     )
+    if words and words[0].startswith("-") and words[0] not in ("-h", "--help"):
+        words = ["gui", *words]  # as without any word
     parser.add_argument("command", nargs="?", choices=COMMANDS, default="gui", help=argparse.SUPPRESS)
     command, arguments = parser.parse_args(words[:1]).command, words[1:]
     if command in ("doctor", "update") and arguments:

@@ -207,11 +207,15 @@ body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.6 sys
 pre, code {{ font-family: ui-monospace, monospace; font-size: .9em; }}
 pre {{ overflow-x: auto; padding: 1rem; border: 1px solid #8886; border-radius: 8px; }}
 table {{ border-collapse: collapse; }}
-td, th {{ padding: .3rem .6rem; border: 1px solid #8886; text-align: left; vertical-align: top; overflow-wrap: anywhere; }}
+td, th {{ padding: .3rem .6rem; border: 1px solid #8886; text-align: left; vertical-align: top; }}
+.wide {{ overflow-x: auto; }}
+@media (max-width: 40rem) {{ td:not(:first-child) {{ min-width: 7rem; }} }}
 </style>
 </head>
-<body><p><a href="/">LoRA Atelier</a></p>
+<body><header><p><a href="/">LoRA Atelier</a></p></header>
+<main>
 {body}
+</main>
 </body>
 </html>
 """
@@ -228,6 +232,8 @@ def help_page(name: str) -> HTMLResponse:
     text = path.read_text(encoding="utf-8")
     title = next((line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")), stem)
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    wide = '<div class="wide" role="group" aria-label="Table" tabindex="0">'  # scrolls by itself on a phone, also by the keyboard
+    body = body.replace("<table>", f"{wide}<table>").replace("</table>", "</table></div>").replace("<pre>", '<pre tabindex="0">')
     return HTMLResponse(HELP_PAGE.format(title=html.escape(title), body=body))
 
 

@@ -425,6 +425,7 @@ def test_the_file_parses_on_an_old_python():
         (["--index-url", "https://mirror.example", "train", "x"], ["-m", "trainer", "train", "x"]),
         ([], ["-m", "app"]),
         (["gui", "--port", "80"], ["-m", "app", "--port", "80"]),
+        (["--port", "80"], ["-m", "app", "--port", "80"]),
         (["gui", "--listen", "--no-browser"], ["-m", "app", "--listen", "--no-browser"]),
     ],
 )
