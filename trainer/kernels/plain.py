@@ -51,9 +51,9 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y.to(x.dtype), mean, rstd
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    """x + residual, its norm, mean, rstd."""
-    total = x + residual
+def add_layer_norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """x + residual (None: x), its norm, mean, rstd."""
+    total = x if residual is None else x + residual
     return total, *layer_norm(total, weight, bias, eps)
 
 

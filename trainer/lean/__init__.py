@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer import kernels
 from trainer.lean.lora import Conv, Group, Weights
 from trainer.lean.narrow import NarrowConv2d, NarrowLinear, kept
 
@@ -140,6 +141,5 @@ class SharedAttention:
             states = attn.to_q(hidden_states), *attn.lean_group(encoder_hidden_states)
         else:
             states = attn.lean_group(hidden_states)
-        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in states)
-        out = nn.functional.scaled_dot_product_attention(q, k, v)
-        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+        out = kernels.attention(*(x.unflatten(-1, (attn.heads, -1)) for x in states))
+        return attn.to_out[0](out.flatten(2))

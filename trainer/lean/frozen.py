@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from trainer import kernels
-from trainer.lean.narrow import FrozenConv
+from trainer.lean.narrow import FrozenConv, NarrowConv2d, kept
 
 
 def install(unet: nn.Module) -> None:
@@ -59,13 +59,28 @@ def _usual_resnet(m: Any) -> bool:
 
 
 def _resnet(self: Any, x: torch.Tensor, temb: torch.Tensor | None = None, *_: Any, **__: Any) -> torch.Tensor:
-    h = self.conv1(kernels.group_norm(x, self.norm1.weight, self.norm1.bias, self.norm1.num_groups, self.norm1.eps, True))
+    h, shift = _without_bias(self.conv1, kernels.group_norm(x, *_norm(self.norm1), True))
     if self.time_emb_proj is not None:
-        h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-    h = self.conv2(kernels.group_norm(h, self.norm2.weight, self.norm2.bias, self.norm2.num_groups, self.norm2.eps, True))
+        t = self.time_emb_proj(F.silu(temb))
+        shift = t if shift is None else t + shift
+    elif shift is not None:
+        shift = shift.expand(len(x), -1)
+    h, bias = _without_bias(self.conv2, kernels.group_norm(h, *_norm(self.norm2), True, shift))
     if self.conv_shortcut is not None:
         x = self.conv_shortcut(x)
-    return x + h if self.output_scale_factor == 1 else (x + h) / self.output_scale_factor
+    h = x + h if bias is None else kernels.add_biased(x, h, bias)
+    return h if self.output_scale_factor == 1 else h / self.output_scale_factor
+
+
+def _norm(m: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor, int, float]:
+    return m.weight, m.bias, m.num_groups, m.eps
+
+
+def _without_bias(conv: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(what a convolution makes of x, the bias still to be added): cuDNN adds it in a sweep of its own, which others can save it."""
+    if type(conv) not in (nn.Conv2d, NarrowConv2d) or conv.bias is None or not kernels.by_triton(x):
+        return conv(x), None
+    return FrozenConv.apply(x, kept(conv), None, conv.stride, conv.padding), conv.bias
 
 
 def _to_pixels(
@@ -87,8 +102,8 @@ def _block(
     **__: Any,
 ) -> torch.Tensor:
     """A transformer block, each addition made together with the norm that follows it."""
-    x = hidden_states
-    h = self.attn1(self.norm1(x), encoder_hidden_states if self.only_cross_attention else None)
+    x, h = kernels.add_layer_norm(hidden_states, None, self.norm1.weight, self.norm1.bias, self.norm1.eps)
+    h = self.attn1(h, encoder_hidden_states if self.only_cross_attention else None)
     x, h = kernels.add_layer_norm(h, x, self.norm2.weight, self.norm2.bias, self.norm2.eps)
     h = self.attn2(h, encoder_hidden_states)
     x, h = kernels.add_layer_norm(h, x, self.norm3.weight, self.norm3.bias, self.norm3.eps)

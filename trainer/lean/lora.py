@@ -81,6 +81,14 @@ class Group:
         y, _ = self._product(flat, down, [p.detach().to(dtype) for p in self.params[1::2]], scales)
         return tuple(piece.reshape(*x.shape[:-1], -1) for piece in y.split(self.outs, 1))
 
+    def input_gradient(self, g: torch.Tensor, low: torch.Tensor, scale: float) -> torch.Tensor:
+        """(M, in) of g (M, sum of outs) and low (M, sum of ranks), what g becomes behind the `up`."""
+        gx = g @ wide(self.weight)
+        if self.triton and low.shape[1] <= self.triton.LARGEST_RANK:
+            self.triton.add_low(gx[None], low, self.down.t()[None], scale)
+            return gx
+        return gx.addmm_(low, self.down, alpha=scale)
+
     def _product(
         self, x: torch.Tensor, down: torch.Tensor, ups: Sequence[torch.Tensor], scales: Sequence[float]
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,6 +96,9 @@ class Group:
         weight = wide(self.weight).t()
         y = x @ weight if self.bias is None else torch.addmm(self.bias, x, weight)
         h = x @ down.t()
+        if self.triton and len(ups) == 1:
+            self.triton.add_low(y[None], h, ups[0][None], scales[0])
+            return y, h
         for piece, low, up, scale in zip(y.split(self.outs, 1), h.split(self.ranks, 1), ups, scales, strict=True):
             piece.addmm_(low, up.t(), alpha=scale)
         return y, h
@@ -160,7 +171,7 @@ class _GroupLora(torch.autograd.Function):
                 grad.addmm_(piece.t(), own, alpha=scale)
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = (g @ wide(group.weight)).addmm_(low, group.down, alpha=factor).view(ctx.shape)
+            gx = group.input_gradient(g, low, factor).view(ctx.shape)
         return gx, None, None, *[None] * len(group.params)
 
 
@@ -173,7 +184,10 @@ class _EvenLora(torch.autograd.Function):
         weights = wide(group.weight).view(count, group.outs[0], -1).transpose(1, 2)
         y = torch.bmm(flat.expand(count, *flat.shape), weights)
         h = flat @ group.down.t()
-        y.baddbmm_(h.view(len(flat), count, -1).transpose(0, 1), group.stacked(group.work).transpose(1, 2), alpha=scales[0])
+        if group.triton:
+            group.triton.add_low(y, h, group.stacked(group.work), scales[0])
+        else:
+            y.baddbmm_(h.view(len(flat), count, -1).transpose(0, 1), group.stacked(group.work).transpose(1, 2), alpha=scales[0])
         ctx.save_for_backward(flat, h)
         ctx.group, ctx.scale, ctx.shape = group, scales[0], x.shape
         return tuple(y.view(count, *x.shape[:-1], -1).unbind(0))
@@ -185,7 +199,8 @@ class _EvenLora(torch.autograd.Function):
         group, count = ctx.group, len(gs)
         g = torch.cat([g.reshape(len(x), -1) for g in gs], 1)
         each = g.view(len(x), count, -1).transpose(0, 1)
-        low = torch.bmm(each, group.stacked(group.work)).transpose(0, 1).reshape(len(x), -1)  # gradient of h, without the scale
+        low = torch.empty_like(h)  # gradient of h, without the scale
+        torch.bmm(each, group.stacked(group.work), out=low.view(len(x), count, -1).transpose(0, 1))
         if ctx.needs_input_grad[3] and group.triton:
             group.triton.gradients(x, h, list(each), low, group.down_grad, group.stacked(group.grads), ctx.scale)
         elif ctx.needs_input_grad[3]:
@@ -194,7 +209,7 @@ class _EvenLora(torch.autograd.Function):
             ups.baddbmm_(each.transpose(1, 2), h.view(len(x), count, -1).transpose(0, 1), alpha=ctx.scale)
         gx = None
         if ctx.needs_input_grad[0]:
-            gx = (g @ wide(group.weight)).addmm_(low, group.down, alpha=ctx.scale).view(ctx.shape)
+            gx = group.input_gradient(g, low, ctx.scale).view(ctx.shape)
         return gx, None, None, *[None] * len(group.params)
 
 

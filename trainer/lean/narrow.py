@@ -219,12 +219,22 @@ class FrozenConv(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None, stride: Sequence[int], padding: Sequence[int]
     ) -> torch.Tensor:
         ctx.weight, ctx.how, ctx.shape = weight, (stride, padding), x.shape
+        ctx.pointwise = _pointwise(x, weight.shape, stride, padding)
+        if ctx.pointwise:  # a linear layer: its bias is added in the product, where cuDNN would sweep over the result once more
+            return F.linear(x.permute(0, 2, 3, 1), wide(weight).flatten(1), bias).permute(0, 3, 1, 2)
         return F.conv2d(x, wide(weight), bias, stride, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.pointwise:
+            return (g.permute(0, 2, 3, 1) @ wide(ctx.weight).flatten(1)).permute(0, 3, 1, 2), None, None, None, None
         return conv_input_gradient(g, ctx.shape, wide(ctx.weight), *ctx.how), None, None, None, None
+
+
+def _pointwise(x: torch.Tensor, shape: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> bool:
+    one = tuple(shape[2:]) == tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
+    return one and x.is_cuda and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def conv_input_gradient(
