@@ -1,11 +1,12 @@
-"""Norms and activations of a frozen network, for training an adapter inside it.
+"""Norms, activations and attention of a frozen network, for training an adapter inside it.
 
 A LoRA step needs gradients with respect to activations only: scales and shifts of the frozen norms get none. So each function here is one
 `torch.autograd.Function` that keeps its input and a few float32 statistics, nothing else, and recomputes the rest in its backward pass.
 Outputs have the dtype of the input, also under autocast; every sum runs in float32 (float64 for float64 inputs).
 
 Two forms with the same interface, equal to rounding: `fused` (Triton; one to three kernels a call, no host wait, shapes fixed by the inputs,
-so safe in a CUDA graph) and `plain` (torch operations, for the CPU, MPS and CUDA without Triton). `by_triton` chooses.
+so safe in a CUDA graph) and `plain` (torch operations, for the CPU, MPS and CUDA without Triton). `by_triton` chooses. Attention has a
+Triton form for few keys alone, and is torch's own elsewhere.
 
 GELU in its tanh form has no function here: torch's own keeps its input only and is one kernel already.
 """
