@@ -86,6 +86,7 @@ def kinds(folder: Path) -> list[str]:
     return [e["type"] for e in events.read(folder / "events.jsonl")]
 
 
+@pytest.mark.slow
 def test_two_runs_one_after_the_other_while_the_app_is_started_anew(home, runner, run_in):
     first, second = run_in(home.runs / "first", {"train.visits": 8}), run_in(home.runs / "second")
     assert runner.state(first) == "none"
@@ -154,6 +155,7 @@ def test_a_stop_asked_for_while_it_starts_is_heeded_also_when_it_resumes(home, r
     assert kinds(run).count("stopped") == 2
 
 
+@pytest.mark.slow
 def test_what_is_asked_of_a_running_one(home, runner, run_in):
     run = run_in(home.runs / "asked", LONG)
     runner.submit("train", run, words(run))

@@ -97,6 +97,7 @@ def test_the_gain_is_the_drop_of_the_loss_that_training_measures(train, draw_pic
     assert found["matrix"]["prompts"][0] == "zorp" and len(found["matrix"]["prompts"]) == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_keeps_what_it_has_and_a_new_one_replaces_it(train):
     run = train(STRONG | {"output.save_every": 0, "preview.prompts": ["zorp"]})
 

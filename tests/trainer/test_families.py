@@ -316,7 +316,7 @@ def run_of(train, base, name, changes=None, **options):
     return train(settings, **options)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow), "sd3"])
 def test_a_resumed_run_equals_an_uninterrupted_one(name, train, base, same):
     drawn = {"adapter.dropout": 0.2, "dataset.flip": True, "dataset.caption_dropout": 0.3, "train.visits": 3}
     whole = run_of(train, base, name, drawn)
@@ -331,7 +331,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, train, base, same):
         assert ups and sum(bool(t.any()) for t in ups) > len(ups) / 2, part
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl", "sd3"])
 def test_the_exported_file_does_in_diffusers_what_the_adapter_did(name, train, base, load):
     """A fresh pipeline with the file, and with the weights of the last preview: the same pictures, and others than the base's."""
     done = run_of(
@@ -418,6 +418,7 @@ def test_text_2(name, train, base):
             assert rates[0] > 0 and rates[-1] == 0
 
 
+@pytest.mark.slow
 def test_merge(train, base, load, tmp_path):
     """A base with a LoRA merged in is the base with the LoRA on it."""
     done = run_of(train, base, "sdxl", {"train.visits": 2})

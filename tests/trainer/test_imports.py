@@ -97,6 +97,7 @@ print(torchaudio.part.value, torchaudio.value)
     assert run(code).split() == ["True", "True", "begun", "3", "3"]
 
 
+@pytest.mark.slow
 def test_it_trains_the_same(training, train, same):
     from safetensors.torch import load_file
 

@@ -86,6 +86,7 @@ def test_a_run_whose_length_changed_resumes_to_the_same_weights(more, ask, train
         assert len(part.events("changed")) == 2  # replayed ones are not told again
 
 
+@pytest.mark.slow
 def test_a_change_that_the_crash_took_back_is_kept(ask, same):
     """The checkpoints after step 2 are lost, the change at 4 was asked for all the same: it counts from 2 on, as is said."""
     part = ask({4: [*longer(6), ("prompts", {"prompts": ["a dog"]})], 6: [("stop", {})]})
@@ -123,6 +124,7 @@ def test_changes_are_read_from_the_events_in_their_order():
     ]
 
 
+@pytest.mark.slow
 def test_the_rate_follows_the_new_total(ask, train, monkeypatch):
     monkeypatch.setattr("trainer.loop.EVENTS_EVERY", 1)
     short, long = rates(ask({3: longer(8)})), rates(train(DRAWN | {"train.visits": 8}))
@@ -131,6 +133,7 @@ def test_the_rate_follows_the_new_total(ask, train, monkeypatch):
     assert short[3] != long[3]
 
 
+@pytest.mark.slow
 def test_a_length_that_is_used_up_is_refused_with_the_least(ask):
     asked = ask({5: longer(1), 6: longer(4)})
     assert [e["detail"] for e in asked.events("answered")] == [
@@ -142,6 +145,7 @@ def test_a_length_that_is_used_up_is_refused_with_the_least(ask):
     assert least.events("finished")[-1]["step"] == 6
 
 
+@pytest.mark.slow
 def test_prompts_hold_from_the_next_preview_on_and_after_a_resume(ask):
     new = {3: [("prompts", {"prompts": ["a cat", 'a "dog" <ü>']}), ("preview", {})], 5: [("stop", {})]}
     part = ask(new, PREVIEWS)
@@ -184,6 +188,7 @@ def test_a_wrong_payload_cannot_be_sent(kind, payload, said, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_finished_run_trains_further_and_keeps_the_lora_of_its_first_end(ask, train, same):
     first = train(DRAWN)
     before = (first.root / "lora.safetensors").read_bytes()
@@ -215,6 +220,7 @@ def test_a_finished_run_trains_further_and_keeps_the_lora_of_its_first_end(ask, 
     }
 
 
+@pytest.mark.slow
 def test_a_stopped_run_gets_its_length_at_the_command_line(command, train, tmp_path):
     train(DRAWN, root=tmp_path, stop_at=3)
     process = command(tmp_path, None, "--resume", "--visits", "5")
@@ -249,6 +255,7 @@ def test_two_processes_change_their_length_as_one(command, wait_for, train, tmp_
     assert next(e for e in events.read(tmp_path / "events.jsonl") if e["type"] == "finished")["step"] == 24
 
 
+@pytest.mark.slow
 def test_automatic_files_are_spread_over_the_run(train):
     run = train({"train.visits": 24, "output.checkpoint_every": 0})
     steps = [e["step"] for e in run.events("exported")]

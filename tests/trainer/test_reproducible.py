@@ -67,6 +67,7 @@ def test_looking_at_a_run_does_not_change_it(changes, text, train, plain, same):
     assert losses(looked) == losses(plain)
 
 
+@pytest.mark.slow
 def test_validation_starts_from_the_base_and_falls(train):
     measured = train(VALIDATION | {"validation.draws": 4, "train.visits": 24}).events("validation")
     assert measured[-1]["train"] < measured[0]["train"] - 0.01

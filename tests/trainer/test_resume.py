@@ -49,7 +49,10 @@ def assert_equal_ends(same, one, other):
     assert metadata["step"] == metadata_2["step"]
 
 
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+QUICK = ("text encoder stops at the interruption", "everything that is drawn", "prodigy")
+
+
+@pytest.mark.parametrize("changes", [pytest.param(c, id=n, marks=() if n in QUICK else pytest.mark.slow) for n, c in CASES.items()])
 def test_a_stopped_and_resumed_run_ends_like_an_uninterrupted_one(changes, train, same):
     if changes.get("optimizer.kind") == "prodigy":
         pytest.importorskip("prodigyopt")
@@ -65,6 +68,7 @@ def test_a_stopped_and_resumed_run_ends_like_an_uninterrupted_one(changes, train
     assert_equal_ends(same, whole, part)
 
 
+@pytest.mark.slow
 def test_every_step_can_be_the_one_after_which_a_run_stops(train, same):
     whole = train(DRAWN)
     part = train(DRAWN, stop_at=0)
@@ -104,6 +108,7 @@ def test_what_a_resumed_run_learns_depends_on_its_checkpoint(train, same):
     assert not same(train(root=one.root, resume=True).lora(), train().lora())
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_a_checkpoint_and_resume_goes_on(command, wait_for, uninterrupted, same, tmp_path):
     process = command(tmp_path, LONG)
     wait_for(process, tmp_path, "step")
@@ -152,6 +157,7 @@ def test_a_second_process_is_refused_while_the_first_lives(killed):
     assert not any(e["type"] == "failed" for e in events.read(folder.events))
 
 
+@pytest.mark.slow
 def test_after_kill_9_only_the_steps_since_the_last_checkpoint_are_lost(killed, train, uninterrupted, same):
     folder = killed[0]
     step, _ = folder.last_checkpoint()

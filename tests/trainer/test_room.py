@@ -28,6 +28,7 @@ def fast(train):
     return train(WIDE | {"train.memory": "fast"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ALL[1:])
 def test_each_mode_trains_every_layer(mode, train, fast):
     done = train(WIDE | {"train.memory": mode})
@@ -73,7 +74,7 @@ def runs_out(monkeypatch):
     return set_up
 
 
-@pytest.mark.parametrize("at", [0, 5])
+@pytest.mark.parametrize("at", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_it_goes_on_where_it_was(at, train, runs_out, same):
     whole = train({})
     runs_out(at)
@@ -86,6 +87,7 @@ def test_it_goes_on_where_it_was(at, train, runs_out, same):
     assert same(whole.lora(), done.lora())
 
 
+@pytest.mark.slow
 def test_the_weights_of_an_update_that_broke_off_are_not_kept(train, runs_out, same):
     whole = train({})
     runs_out(5, updating=True)
@@ -106,6 +108,7 @@ def test_it_ends_with_a_sentence_where_nothing_is_left(train, runs_out, tmp_path
     assert events[-1]["type"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_way(train, runs_out, same, tmp_path):
     whole = train({})
     runs_out(2)
@@ -128,6 +131,7 @@ class Spoilt:
         self.step.run(n, *rest)
 
 
+@pytest.mark.slow
 def test_after_a_capture_that_failed_the_command_starts_a_fresh_process(settings, train, same, monkeypatch, tmp_path):
     from trainer import __main__ as cli
     from trainer import run_dir

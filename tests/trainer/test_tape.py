@@ -52,6 +52,7 @@ def test_what_is_played_equals_what_is_computed_to_the_last_bit(changes, stops, 
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_batch_are_shared_among_threads_and_add_up(build):  # noqa: F811
     def play(threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(threads)

@@ -50,6 +50,7 @@ def clean(page) -> None:
     assert found.violations_count == 0, found.generate_report()
 
 
+@pytest.mark.slow
 def test_tags_go_behind_what_is_there_one_is_written_anew_and_all_is_undone(page, app):
     expect(page.locator("#caption-tags")).to_contain_text("By my tagger.")
     page.locator("#caption-tags").click()

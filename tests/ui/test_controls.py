@@ -704,6 +704,7 @@ def test_a_folder_that_is_not_there_is_named_at_its_field(open_page, app, tmp_pa
     assert app.get("/settings")["lora_folder"] == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_log_out_ends_the_session(browser, start_app):
     word = "correct horse battery"
     locked = start_app("--listen", "127.0.0.1", password=word, LORA_ATELIER_PASSWORD=word)

@@ -135,6 +135,7 @@ def test_a_crop_is_moved_and_a_mask_painted(page, app):
     assert files_of(app)["images"]["wide 2.png"]["mask"] is None
 
 
+@pytest.mark.slow
 def test_masks_by_words_come_from_the_trainer_and_are_taken_back(page, app, small_clipseg):
     app.post("/settings", {"masker": str(small_clipseg)}, method="PATCH")
     page.locator("#crops-masks summary").click()

@@ -31,7 +31,7 @@ def violations(page) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("dark", [pytest.param(False, id="light"), pytest.param(True, id="dark", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", PAGES)
 def test_no_accessibility_violation(path, dark, open_page, finished):
     page = open_page(path, dark=dark)
