@@ -197,6 +197,7 @@ def test_a_run_moves_blocks_by_their_rates(train):
         assert 0.9 * rate < most[rate] <= 1.01 * steps * rate
 
 
+@pytest.mark.slow
 def test_a_run_with_blocks_resumes_to_the_same(train, same):
     changes = {"adapter.blocks": RATES | {"unet.up_blocks.0": {"rank": 1}}, "adapter.conv_rank": 1, "adapter.targets": list(EVERYTHING)}
     whole, part = train(changes), train(changes, stop_at=3)

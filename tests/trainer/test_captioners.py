@@ -146,6 +146,7 @@ def test_a_stop_ends_after_the_batch_and_only_missing_goes_on(model, folder, tmp
     assert all(p.read_bytes() == raw for p, raw in first.items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no polite kill")
 def test_a_polite_kill_stops_the_command(model, draw_pictures, tmp_path):
     folder = draw_pictures(tmp_path / "images", [(64, 64)] * 300)

@@ -79,7 +79,7 @@ def test_another_seed_gives_other_weights_and_losses(train, plain, same, each_lo
     assert not set(losses(other).values()) & set(losses(again).values())
 
 
-@pytest.mark.parametrize("limit", [0.01, None], ids=["clipped", "unclipped"])
+@pytest.mark.parametrize("limit", [pytest.param(0.01, id="clipped"), pytest.param(None, id="unclipped", marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing_but_rounding(limit, train, each_loss):
     options = {"loss.min_snr_gamma": 1, "train.max_grad_norm": limit}
     whole = train(options)

@@ -59,6 +59,7 @@ def test_another_alpha_is_folded_in(alpha, first, before_training):
         torch.testing.assert_close(now[layer], told[layer], rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_a_file_learns_and_resumes_to_the_same(first, train, same):
     """Without the file, too: the checkpoint has all."""
     copy = first.root / "copy.safetensors"

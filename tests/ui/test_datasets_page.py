@@ -41,6 +41,7 @@ def captions(app) -> list[str]:
     return [i["caption"] for i in app.get("/images")["images"] if not i["removed"]]
 
 
+@pytest.mark.slow
 def test_advice_is_shown_and_followed(open_page, app, shots):
     page = open_page("/")
     page.locator("#choose-files").set_input_files(shots)

@@ -2,7 +2,7 @@
 
 The frozen product and the low-rank one share the reading of their input: the tile of x that meets a tile of W also meets `down`, and what
 comes of it meets `up` while the tile of the result is still in registers. So a layer's forward pass is one kernel in place of three, its
-backward pass three in place of five to seven.
+backward pass two in place of five to seven. Where cuBLAS' frozen product is quicker, the low-rank ones are added to it by `add_low`.
 
 Shapes: x (M, K); `weight` (P * N, K) of P = 1 to 3 layers that read the same x, one below the other; `down` (P * R, K); `up` (P, N, R);
 h = x down' (M, P * R); y (P, M, N). All are of one 16-bit dtype, the last dimension of each dense. Sums run in float32, in one order.
