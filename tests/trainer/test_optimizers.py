@@ -1,3 +1,4 @@
+import math
 import sys
 from importlib.util import find_spec
 
@@ -6,7 +7,7 @@ import torch
 from pydantic import TypeAdapter
 
 from trainer import checkpoints, optimizers
-from trainer.config import OptimizerConfig
+from trainer.config import AdamWConfig, OptimizerConfig
 from trainer.optimizers import OPTIMIZERS
 from trainer.run_dir import RunDir
 
@@ -143,3 +144,45 @@ def test_a_rate_is_set_in_place_where_it_is_a_tensor():
     group = {"lr": 1.0}
     optimizers.set_rate(group, 0.25)
     assert group["lr"] == 0.25
+
+
+def test_adamw_updates_neighbours_as_one_and_as_torch_does():
+    torch.manual_seed(0)
+    shapes = [(4, 6), (30,), (5, 3), (8, 8), (7,)]
+    master, grads = torch.randn(160), torch.zeros(160)
+    places = [0, 24, 56, 72, 136]  # gaps of 2 and 1 numbers
+    own = [torch.nn.Parameter(master[at : at + math.prod(shape)].view(shape)) for at, shape in zip(places, shapes, strict=True)]
+    for p, at in zip(own, places, strict=True):
+        p.grad = grads[at : at + p.numel()].view_as(p)
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in own]
+
+    def groups(params):  # the order of a group is not that of the memory, and its second run stands alone
+        return [
+            {"params": [params[1], params[0], params[3]], "lr": 0.01, "part": "a"},
+            {"params": [params[2], params[4]], "lr": 0.1, "part": "b"},
+        ]
+
+    config = AdamWConfig(beta1=0.8, beta2=0.99, weight_decay=0.02)
+    ours = optimizers.build(config, groups(own), torch.device("cpu"))
+    theirs = torch.optim.AdamW(groups(plain), betas=(0.8, 0.99), weight_decay=0.02, fused=True)
+    stopped = {own[2], own[4]}
+    for n in range(6):
+        if n == 3:  # resumed: another optimizer goes on with the state
+            state = ours.state_dict()
+            ours = optimizers.build(config, groups(own), torch.device("cpu"))
+            ours.load_state_dict(state)
+        for p, q, at in zip(own, plain, places, strict=True):
+            q.grad = torch.randn_like(q) if n < 5 or p not in stopped else None
+            if q.grad is None:
+                p.grad = None
+            else:
+                grads[at : at + p.numel()] = q.grad.flatten()
+        ours.step()
+        theirs.step()
+        for p, q in zip(own, plain, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=0)
+    assert [len(runs) for runs in ours._runs.values()] == [2, 2]
+    theirs, ours = theirs.state_dict()["state"], ours.state_dict()["state"]
+    for k, state in theirs.items():
+        for name, value in state.items():
+            torch.testing.assert_close(ours[k][name], value, rtol=0, atol=0)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer import optimizers
 from trainer.config.load import load
 from trainer.formats.metadata import read_header
 from trainer.run_dir import RunError
@@ -28,7 +29,7 @@ def before_training(train, monkeypatch):
     """before_training(changes): the file that a run exports whose optimizer never steps."""
 
     def go(changes, **options):
-        monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+        monkeypatch.setattr(optimizers.AdamW, "step", lambda self, closure=None: None)
         try:
             return train({"train.visits": 1, **changes}, **options).root / "lora.safetensors"
         finally:

@@ -91,7 +91,7 @@ class Models:
         """Move modules to the CPU until they are borrowed."""
         for name in names:
             self.parked.add(name)
-            self.module(name).to("cpu")
+            _to_host(self.module(name))
 
     def fetch(self, *names: str) -> None:
         """Have parked modules on the device from now on."""
@@ -114,7 +114,7 @@ class Models:
                 t.data = data
                 table[name] = t
             for module in modules:
-                module.to("cpu")
+                _to_host(module)
 
     @contextmanager
     def tiling(self, side: int) -> Iterator[None]:
@@ -198,3 +198,8 @@ def get(name: str) -> Family:
 
     FAMILIES: dict[str, Family] = {"sd1": sd1.SD1(), "sd2": sd2.SD2(), "sdxl": sdxl.SDXL(), "sd3": sd3.SD3()}
     return FAMILIES[name]
+
+
+def _to_host(module: torch.nn.Module) -> None:
+    """Move a module to the CPU. Most of it is the system's work to hand out new memory, which all threads do together before the copy."""
+    module._apply(lambda x: x if x.device.type == "cpu" else torch.empty_like(x, device="cpu").fill_(0).copy_(x))

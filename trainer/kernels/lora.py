@@ -5,7 +5,8 @@ comes of it meets `up` while the tile of the result is still in registers. So a 
 backward pass two in place of five to seven. Where cuBLAS' frozen product is quicker, the low-rank ones are added to it by `add_low`.
 
 Shapes: x (M, K); `weight` (P * N, K) of P = 1 to 3 layers that read the same x, one below the other; `down` (P * R, K); `up` (P, N, R);
-h = x down' (M, P * R); y (P, M, N). All are of one 16-bit dtype, the last dimension of each dense. Sums run in float32, in one order.
+h = x down' (M, P * R); y (P, M, N). All are of one 16-bit dtype, the last dimension of each dense; the rows of x, `weight`, h and the
+gradients may lie apart. Sums run in float32, in one order.
 """
 
 import torch
@@ -43,7 +44,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Te
     grid = (triton.cdiv(m, bm) * triton.cdiv(n, bn), p)
     with torch.cuda.device_of(x):
         _forward[grid](
-            x, weight, bias, down, up, y, h, scale, m, n, k, x.stride(0),
+            x, weight, bias, down, up, y, h, scale, m, n, k, x.stride(0), weight.stride(0),
             R=r, RB=_block(r), BM=bm, BN=bn, BK=bk, G=GROUP, EVEN=k % bk == 0 and n % bn == 0, num_warps=4, num_stages=stages,
         )  # fmt: skip
     return y, h
@@ -59,7 +60,7 @@ def backward(gs: list[Tensor], weight: Tensor, down: Tensor, up: Tensor, scale: 
     more = [gs[min(i, p - 1)] for i in (1, 2)]
     with torch.cuda.device_of(gx):
         _backward[grid](
-            gs[0], *more, weight, down, up, gx, low, scale, m, n, k, gs[0].stride(0), more[0].stride(0), more[1].stride(0),
+            gs[0], *more, weight, down, up, gx, low, scale, m, n, k, gs[0].stride(0), more[0].stride(0), more[1].stride(0), weight.stride(0),
             P=p, R=r, RB=_block(r), BM=bm, BN=bn, BK=bk, G=GROUP, EVEN=k % bk == 0 and n % bn == 0, num_warps=4, num_stages=stages,
         )  # fmt: skip
     return gx, low
@@ -76,8 +77,32 @@ def add_low(y: Tensor, h: Tensor, up: Tensor, scale: float) -> None:
         )
 
 
-def gradients(x: Tensor, h: Tensor, gs: list[Tensor], low: Tensor, down_grad: Tensor, up_grad: Tensor, scale: float) -> None:
-    """Add scale * low' x to `down_grad` (P * R, K) and scale * g_p' h_p to `up_grad` (P, N, R), both dense."""
+def joined(xs: list[Tensor], low: Tensor, scale: float) -> Tensor:
+    """(M, P * K + P * R): the x_p (M, K), whose rows may lie apart, side by side, then scale * x_p low_p; low (P, K, R) with any strides."""
+    (m, k), (p, _, r) = xs[0].shape, low.shape
+    y = xs[0].new_empty(m, p * (k + r))
+    more = [xs[min(i, p - 1)] for i in (1, 2)]
+    bm, bk = 64, 128
+    with torch.cuda.device_of(y):
+        _joined[(triton.cdiv(m, bm), p)](
+            xs[0], *more, low, y, scale, m, k, xs[0].stride(0), more[0].stride(0), more[1].stride(0), *low.stride(),
+            R=r, RB=_block(r), BM=bm, BK=bk, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return y
+
+
+def lay(work: Tensor, table: Tensor, most: int) -> None:
+    """Copy tensors of `work` (flat) to where they lie in other ones. `table` (tensors, 5), int64: where each begins in `work`, the address
+    that it goes to, its rows, its columns, and how many numbers the rows lie apart there; `most` numbers are in the largest."""
+    size = 4096
+    with torch.cuda.device_of(work):
+        _lay[(triton.cdiv(most, size), len(table))](work, table, SIZE=size, num_warps=4)
+
+
+def gradients(
+    x: Tensor, h: Tensor, gs: list[Tensor], low: Tensor, down_grad: Tensor, up_grad: Tensor, down_scale: float, up_scale: float
+) -> None:
+    """Add down_scale * low' x to `down_grad` (P * R, K) and up_scale * g_p' h_p to `up_grad` (P, N, R), both dense."""
     (m, k), (p, n, r) = x.shape, up_grad.shape
     bm, bc = 64, 64
     tiles = p * triton.cdiv(k, bc) + p * triton.cdiv(n, bc)
@@ -87,8 +112,8 @@ def gradients(x: Tensor, h: Tensor, gs: list[Tensor], low: Tensor, down_grad: Te
     more = [gs[min(i, p - 1)] for i in (1, 2)]
     with torch.cuda.device_of(x):
         _gradients[(tiles, parts)](
-            x, h, gs[0], *more, low, sums, arrivals(x.device, tiles), down_grad, up_grad, scale,
-            m, n, k, rows, x.stride(0), gs[0].stride(0), more[0].stride(0), more[1].stride(0),
+            x, h, gs[0], *more, low, sums, arrivals(x.device, tiles), down_grad, up_grad, down_scale, up_scale,
+            m, n, k, rows, x.stride(0), h.stride(0), low.stride(0), gs[0].stride(0), more[0].stride(0), more[1].stride(0),
             P=p, R=r, RB=_block(r), BM=bm, BC=bc, num_warps=4, num_stages=3,
         )  # fmt: skip
 
@@ -116,7 +141,7 @@ def _order(pid, m, n, BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _forward(
-    x, weight, bias, down, up, y, h, scale, M, N, K, x_row,
+    x, weight, bias, down, up, y, h, scale, M, N, K, x_row, w_row,
     R: tl.constexpr, RB: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +154,7 @@ def _forward(
     depth = tl.arange(0, BK)
     inside = (rows < M)[:, None]
     at_x = x + (rows % M).to(tl.int64)[:, None] * x_row + depth[None, :]  # rows past the end are computed and not stored
-    at_w = weight + (piece * N + columns)[None, :] * K + depth[:, None]
+    at_w = weight + (piece * N + columns)[None, :] * w_row + depth[:, None]
     at_d = down + (piece * R + ranks)[None, :] * K + depth[:, None]
     total = tl.zeros([BM, BN], tl.float32)
     low = tl.zeros([BM, RB], tl.float32)
@@ -160,7 +185,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["M"])
 def _backward(
-    g0, g1, g2, weight, down, up, gx, low, scale, M, N, K, row0, row1, row2,
+    g0, g1, g2, weight, down, up, gx, low, scale, M, N, K, row0, row1, row2, w_row,
     P: tl.constexpr, R: tl.constexpr, RB: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, G: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
@@ -176,7 +201,7 @@ def _backward(
         g = g0 if piece == 0 else g1 if piece == 1 else g2
         g_row = row0 if piece == 0 else row1 if piece == 1 else row2
         at_g = g + (rows % M).to(tl.int64)[:, None] * g_row + depth[None, :]
-        at_w = weight + (piece * N + depth).to(tl.int64)[:, None] * K + columns[None, :]
+        at_w = weight + (piece * N + depth).to(tl.int64)[:, None] * w_row + columns[None, :]
         at_u = up + (piece * N + depth)[:, None] * R + ranks[None, :]
         own = tl.zeros([BM, RB], tl.float32)
         for first in range(0, N, BN):
@@ -190,7 +215,7 @@ def _backward(
                 total = tl.dot(tile, tl.load(at_w, mask=deep[:, None] & (columns < K)[None, :], other=0.0), total)
                 own = tl.dot(tile, tl.load(at_u, mask=deep[:, None] & ranked[None, :], other=0.0), own)
             at_g += BN
-            at_w += BN * K
+            at_w += BN * w_row
             at_u += BN * R
         narrow = own.to(gx.dtype.element_ty)
         if column == 0:
@@ -219,9 +244,45 @@ def _add_low(
     tl.store(at, total.to(y.dtype.element_ty), mask=inside & across)
 
 
+@triton.jit(do_not_specialize=["M"])
+def _joined(
+    x0, x1, x2, low, y, scale, M, K, row0, row1, row2, low_piece, low_row, low_rank,
+    R: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    piece = tl.program_id(1).to(tl.int64)
+    pieces = tl.num_programs(1)
+    x = x0 if piece == 0 else x1 if piece == 1 else x2
+    x_row = row0 if piece == 0 else row1 if piece == 1 else row2
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    ranks = tl.arange(0, RB)
+    inside, ranked = (rows < M)[:, None], ranks < R
+    y += rows[:, None] * (pieces * (K + R))
+    total = tl.zeros([BM, RB], tl.float32)
+    for first in range(0, K, BK):
+        columns = first + tl.arange(0, BK)
+        mask = inside & (columns < K)[None, :]
+        tile = tl.load(x + rows[:, None] * x_row + columns[None, :], mask=mask, other=0.0)
+        at_low = low + piece * low_piece + columns[:, None] * low_row + ranks[None, :] * low_rank
+        total = tl.dot(tile, tl.load(at_low, mask=(columns < K)[:, None] & ranked[None, :], other=0.0), total)
+        tl.store(y + piece * K + columns[None, :], tile, mask=mask)
+    at = y + pieces * K + (piece * R + ranks)[None, :]
+    tl.store(at, (scale * total).to(y.dtype.element_ty), mask=inside & ranked[None, :])
+
+
+@triton.jit
+def _lay(work, table, SIZE: tl.constexpr):
+    table += tl.program_id(1) * 5
+    begin = tl.load(table)
+    to = tl.load(table + 1).to(tl.pointer_type(work.dtype.element_ty))
+    rows, columns, apart = tl.load(table + 2), tl.load(table + 3), tl.load(table + 4)
+    number = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    there = number < rows * columns
+    tl.store(to + number // columns * apart + number % columns, tl.load(work + begin + number, mask=there), mask=there)
+
+
 @triton.jit(do_not_specialize=["M", "rows"])
 def _gradients(
-    x, h, g0, g1, g2, low, sums, arrived, down_grad, up_grad, scale, M, N, K, rows, x_row, row0, row1, row2,
+    x, h, g0, g1, g2, low, sums, arrived, down_grad, up_grad, down_scale, up_scale, M, N, K, rows, x_row, h_row, low_row, row0, row1, row2,
     P: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Sums over a part of the rows: the first tiles of low' x, the others of g' h. The last part of a tile to be done adds up all of them."""
@@ -246,7 +307,7 @@ def _gradients(
         for first in range(begin, end, BM):
             row = (first + across).to(tl.int64)
             there = row < end
-            at_low = low + row[None, :] * (P * R) + (piece * R + ranks)[:, None]
+            at_low = low + row[None, :] * low_row + (piece * R + ranks)[:, None]
             one = tl.load(at_low, mask=ranked[:, None] & there[None, :], other=0.0)
             two = tl.load(x + row[:, None] * x_row + columns[None, :], mask=there[:, None] & inside, other=0.0)
             total = tl.dot(one, two, total)
@@ -256,7 +317,7 @@ def _gradients(
             total = added_up(sums + at, total, parts, RB * BC, 4)
             to = down_grad + (piece * R + ranks)[:, None] * K + columns[None, :]
             mask = ranked[:, None] & inside
-            tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + scale * total).to(to.dtype.element_ty), mask=mask)
+            tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + down_scale * total).to(to.dtype.element_ty), mask=mask)
     else:
         tall = tl.cdiv(N, BC)
         pid -= P * wide
@@ -271,7 +332,7 @@ def _gradients(
                     row = (first + across).to(tl.int64)
                     there = row < end
                     one = tl.load(g + row[None, :] * g_row + columns[:, None], mask=inside & there[None, :], other=0.0)
-                    at_h = h + row[:, None] * (P * R) + (piece * R + ranks)[None, :]
+                    at_h = h + row[:, None] * h_row + (piece * R + ranks)[None, :]
                     two = tl.load(at_h, mask=there[:, None] & ranked[None, :], other=0.0)
                     own = tl.dot(one, two, own)
                 at = each[:, None] * RB + ranks[None, :]
@@ -280,4 +341,4 @@ def _gradients(
                     own = added_up(sums + at, own, parts, RB * BC, 4)
                     to = up_grad + (piece * N + columns)[:, None] * R + ranks[None, :]
                     mask = inside & ranked[None, :]
-                    tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + scale * own).to(to.dtype.element_ty), mask=mask)
+                    tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + up_scale * own).to(to.dtype.element_ty), mask=mask)

@@ -17,7 +17,7 @@ from trainer.kernels.parts import added_up, arrivals, last
 
 KEYS = 128
 WIDEST = 64  # numbers of a head, D; above it the tiles ask for more of a multiprocessor's memory than consumer cards have
-PROGRAMS = 256  # about so many share the rows of the backward pass, each with sums of its own of the gradients of k and v
+PROGRAMS = 128  # about so many share the rows of the backward pass, each with sums of its own of the gradients of k and v
 LOG2_E = 1.4426950408889634
 
 
@@ -48,7 +48,7 @@ def backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: bool) -> tuple[Te
     tiles = triton.cdiv(s, meta["BM"])
     each = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // (b * h))))
     parts = triton.cdiv(tiles, each)
-    sums = torch.empty(b * h, parts, 2, meta["BT"] * meta["BD"], device=q.device, dtype=torch.float32) if keys else None
+    sums = torch.empty(b * h, parts, 2, (meta["BT"] + meta["BU"]) * meta["BD"], device=q.device, dtype=torch.float32) if keys else None
     with torch.cuda.device_of(q):
         _backward[(parts, b * h)](
             q, k, v, g, gq, both, sums, arrivals(q.device, b * h), *_strides(q, k, v, g),
@@ -58,7 +58,11 @@ def backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, keys: bool) -> tuple[Te
 
 
 def _blocks(t: int, d: int) -> dict[str, int]:
-    return {"BM": 64, "BT": max(16, triton.next_power_of_2(t)), "BD": max(16, triton.next_power_of_2(d))}
+    """Tiles: 77 keys are one of 64 and one of 16 (`BU`), which is less work than one of 128."""
+    whole = max(16, triton.next_power_of_2(t))
+    rest = triton.next_power_of_2(max(16, t - whole // 2))
+    two = t > 16 and rest < whole // 2
+    return {"BM": 64, "BT": whole // 2 if two else whole, "BU": rest if two else 0, "BD": max(16, triton.next_power_of_2(d))}
 
 
 @functools.cache
@@ -75,70 +79,131 @@ def _strides(*tensors: Tensor) -> list[int]:
 @triton.jit(do_not_specialize=["S", "T", "H"])
 def _forward(
     q, k, v, y, qb, qs, qh, kb, kt, kh, vb, vt, vh, S, T, H, scale,
-    D: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(1) // H).to(tl.int64)
     head = tl.program_id(1) % H
     rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
-    keys = tl.arange(0, BT)
     depth = tl.arange(0, BD)
-    deep = (depth < D)[None, :]
-    there = (rows < S)[:, None] & deep
-    known = (keys < T)[:, None] & deep
+    there = (rows < S)[:, None] & (depth < D)[None, :]
     tile = tl.load(q + (image * qb + head * qh + rows[:, None] * qs) * 8 + depth[None, :], mask=there, other=0.0)
-    key = tl.load(k + (image * kb + head * kh + keys[:, None] * kt) * 8 + depth[None, :], mask=known, other=0.0)
-    value = tl.load(v + (image * vb + head * vh + keys[:, None] * vt) * 8 + depth[None, :], mask=known, other=0.0)
-    p, total = _softmax(tile, key, keys, T, scale)
-    out = tl.dot(p.to(value.dtype), value) / total[:, None]
+    k += (image * kb + head * kh) * 8
+    v += (image * vb + head * vh) * 8
+    scores = _scores(tile, _keys(k, kt, 0, T, D, BT, BD), 0, T, scale)
+    top = tl.max(scores, 1)
+    if BU:
+        more = _scores(tile, _keys(k, kt, BT, T, D, BU, BD), BT, T, scale)
+        top = tl.maximum(top, tl.max(more, 1))
+    p = tl.exp2(scores - top[:, None])
+    total = tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype.element_ty), _keys(v, vt, 0, T, D, BT, BD))
+    if BU:
+        p = tl.exp2(more - top[:, None])
+        total += tl.sum(p, 1)
+        out = tl.dot(p.to(v.dtype.element_ty), _keys(v, vt, BT, T, D, BU, BD), out)
     at = y + ((image * S + rows[:, None]) * H + head) * D + depth[None, :]
-    tl.store(at, out.to(y.dtype.element_ty), mask=there)
+    tl.store(at, (out / total[:, None]).to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def _softmax(tile, key, keys, T, scale):
-    """(exp of each score less the row's largest, their sums). `scale` has the logarithm's base in it."""
-    scores = tl.where((keys < T)[None, :], tl.dot(tile, tl.trans(key)) * scale, -float("inf"))
-    p = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    return p, tl.sum(p, 1)
+def _keys(at, row, first: tl.constexpr, T, D: tl.constexpr, B: tl.constexpr, BD: tl.constexpr):
+    """(B, BD) of keys or values from `first` on, 8 * `row` apart."""
+    keys = first + tl.arange(0, B)
+    depth = tl.arange(0, BD)
+    return tl.load(at + (keys[:, None] * row).to(tl.int64) * 8 + depth[None, :], mask=(keys < T)[:, None] & (depth < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _scores(tile, key, first: tl.constexpr, T, scale):
+    """Of each row and key, to the base of 2 as `scale` has its logarithm in it; -inf past the last key."""
+    keys = first + tl.arange(0, key.shape[0])
+    return tl.where((keys < T)[None, :], tl.dot(tile, tl.trans(key)) * scale, -float("inf"))
 
 
 @triton.jit(do_not_specialize=["S", "T", "H", "each"])
 def _backward(
     q, k, v, g, gq, both, sums, arrived, qb, qs, qh, kb, kt, kh, vb, vt, vh, gb, gs, gh, S, T, H, each, scale, factor,
-    D: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, BU: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     image = (tl.program_id(1) // H).to(tl.int64)
     head = tl.program_id(1) % H
     part = tl.program_id(0)
-    keys = tl.arange(0, BT)
     depth = tl.arange(0, BD)
-    deep = (depth < D)[None, :]
-    known = (keys < T)[:, None] & deep
-    key = tl.load(k + (image * kb + head * kh + keys[:, None] * kt) * 8 + depth[None, :], mask=known, other=0.0)
-    value = tl.load(v + (image * vb + head * vh + keys[:, None] * vt) * 8 + depth[None, :], mask=known, other=0.0)
-    g_key = tl.zeros([BT, BD], tl.float32)
-    g_value = tl.zeros([BT, BD], tl.float32)
+    k += (image * kb + head * kh) * 8
+    v += (image * vb + head * vh) * 8
+    key, value = _keys(k, kt, 0, T, D, BT, BD), _keys(v, vt, 0, T, D, BT, BD)
+    g_key, g_value = tl.zeros([BD, BT], tl.float32), tl.zeros([BD, BT], tl.float32)
+    if BU:
+        key2, value2 = _keys(k, kt, BT, T, D, BU, BD), _keys(v, vt, BT, T, D, BU, BD)
+        g_key2, g_value2 = tl.zeros([BD, BU], tl.float32), tl.zeros([BD, BU], tl.float32)
     for i in range(part * each, tl.minimum((part + 1) * each, tl.cdiv(S, BM))):
         rows = (i * BM + tl.arange(0, BM)).to(tl.int64)
-        there = (rows < S)[:, None] & deep
+        there = (rows < S)[:, None] & (depth < D)[None, :]
         tile = tl.load(q + (image * qb + head * qh + rows[:, None] * qs) * 8 + depth[None, :], mask=there, other=0.0)
         grad = tl.load(g + (image * gb + head * gh + rows[:, None] * gs) * 8 + depth[None, :], mask=there, other=0.0)
-        p, total = _softmax(tile, key, keys, T, scale)
+        p = _scores(tile, key, 0, T, scale)
+        top = tl.max(p, 1)
+        if BU:
+            p2 = _scores(tile, key2, BT, T, scale)
+            top = tl.maximum(top, tl.max(p2, 1))
+            p2 = tl.exp2(p2 - top[:, None])
+        p = tl.exp2(p - top[:, None])
+        total = tl.sum(p, 1)
+        if BU:
+            total += tl.sum(p2, 1)
+            p2 *= (1 / total)[:, None]
         p *= (1 / total)[:, None]
         d = p * tl.dot(grad, tl.trans(value))
-        d = ((d - p * tl.sum(d, 1)[:, None]) * factor).to(key.dtype)
+        mean = tl.sum(d, 1)
+        if BU:
+            d2 = p2 * tl.dot(grad, tl.trans(value2))
+            mean += tl.sum(d2, 1)
+            d2 = ((d2 - p2 * mean[:, None]) * factor).to(key.dtype)
+        d = ((d - p * mean[:, None]) * factor).to(key.dtype)
+        own = tl.dot(d, key)
+        if BU:
+            own = tl.dot(d2, key2, own)
         at = gq + ((image * S + rows[:, None]) * H + head) * D + depth[None, :]
-        tl.store(at, tl.dot(d, key).to(gq.dtype.element_ty), mask=there)
+        tl.store(at, own.to(gq.dtype.element_ty), mask=there)
         if both is not None:
-            g_key = tl.dot(tl.trans(d), tile, g_key)
-            g_value = tl.dot(tl.trans(p.to(key.dtype)), grad, g_value)
+            g_key = tl.dot(tl.trans(tile), d, g_key)
+            g_value = tl.dot(tl.trans(grad), p.to(key.dtype), g_value)
+            if BU:
+                g_key2 = tl.dot(tl.trans(tile), d2, g_key2)
+                g_value2 = tl.dot(tl.trans(grad), p2.to(key.dtype), g_value2)
     if both is not None:
-        sums += tl.program_id(1).to(tl.int64) * tl.num_programs(0) * (2 * BT * BD) + keys[:, None] * BD + depth[None, :]
-        mine = sums + part * (2 * BT * BD)
-        tl.store(mine, g_key)
-        tl.store(mine + BT * BD, g_value)
+        step: tl.constexpr = 2 * (BT + BU) * BD
+        sums += tl.program_id(1).to(tl.int64) * tl.num_programs(0) * step
+        mine = sums + part * step
+        tl.store(mine + _at(0, BT, BD), g_key)
+        tl.store(mine + _at(BT * BD, BT, BD), g_value)
+        if BU:
+            tl.store(mine + _at(2 * BT * BD, BU, BD), g_key2)
+            tl.store(mine + _at((2 * BT + BU) * BD, BU, BD), g_value2)
         if last(arrived + tl.program_id(1), tl.num_programs(0)):
-            at = both + ((image * T + keys[:, None]) * H + head) * D + depth[None, :]
-            tl.store(at, added_up(sums, g_key, tl.num_programs(0), 2 * BT * BD, 1).to(both.dtype.element_ty), mask=known)
-            at += tl.num_programs(1).to(tl.int64) * T * D
-            tl.store(at, added_up(sums + BT * BD, g_value, tl.num_programs(0), 2 * BT * BD, 1).to(both.dtype.element_ty), mask=known)
+            parts = tl.num_programs(0)
+            g_key = added_up(sums + _at(0, BT, BD), g_key, parts, step, 1)
+            g_value = added_up(sums + _at(BT * BD, BT, BD), g_value, parts, step, 1)
+            both += (image * T * H + head) * D
+            values = both + tl.num_programs(1).to(tl.int64) * T * D
+            _store(both, g_key, 0, T, H, D)
+            _store(values, g_value, 0, T, H, D)
+            if BU:
+                g_key2 = added_up(sums + _at(2 * BT * BD, BU, BD), g_key2, parts, step, 1)
+                g_value2 = added_up(sums + _at((2 * BT + BU) * BD, BU, BD), g_value2, parts, step, 1)
+                _store(both, g_key2, BT, T, H, D)
+                _store(values, g_value2, BT, T, H, D)
+
+
+@triton.jit
+def _at(first: tl.constexpr, B: tl.constexpr, BD: tl.constexpr):
+    """Where the numbers of a (BD, B) tile lie whose first is number `first`."""
+    return first + tl.arange(0, BD)[:, None] * B + tl.arange(0, B)[None, :]
+
+
+@triton.jit
+def _store(at, tile, first: tl.constexpr, T, H, D: tl.constexpr):
+    """Write (BD, B) gradients to the keys from `first` on of (T, H, D)."""
+    keys = first + tl.arange(0, tile.shape[1])
+    depth = tl.arange(0, tile.shape[0])
+    tl.store(at + keys[None, :] * (H * D) + depth[:, None], tile.to(at.dtype.element_ty), mask=(keys < T)[None, :] & (depth < D)[:, None])

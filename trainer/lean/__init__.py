@@ -54,7 +54,7 @@ def install(parts: dict[str, nn.Module], layers: dict[str, dict[str, Any]], name
                 groups.append(conv := Conv(m, name))
                 m.forward = conv
             else:
-                groups.append(group := Group([m], name))
+                groups.append(group := Group([m], name, alone=not path.endswith("to_out.0")))  # attention keeps what it gives
                 m.forward = MethodType(_first, group)
     return Weights(groups)
 

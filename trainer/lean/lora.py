@@ -25,10 +25,14 @@ class Group:
         layers: the PEFT layers; work: (down, up) of each in the base's dtype; grads: where their gradients are added, or None.
         fresh: whether `work` is known to be what the masters are.
         down: (sum of ranks, in), the work copies of all `down` as one tensor.
+        frame: (sum of outs + sum of ranks, in + sum of ranks), where Triton serves and the weight is wide: `weight` with each layer's `up` to
+            the right of its rows, `down` below. So the product of (x, h) with the upper rows, h = s x down', is the whole layer, and that of
+            (g, s g up) with the left columns is the gradient of x: nothing is added to what a large product gave.
+        alone: whether nobody else keeps x, so that it can be kept with h beside it.
     """
 
-    def __init__(self, layers: Sequence[Any], name: str) -> None:
-        self.layers, self.name = layers, name
+    def __init__(self, layers: Sequence[Any], name: str, alone: bool = True) -> None:
+        self.layers, self.name, self.alone = layers, name, alone
         bases = [m.base_layer for m in layers]
         self.outs = [m.out_features for m in bases]
         self.ranks = [m.r[name] for m in layers]
@@ -53,6 +57,7 @@ class Group:
         self.grads: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.down_grad: torch.Tensor
         self.triton: Any = None  # trainer.kernels.lora, where it serves these layers
+        self.frame: torch.Tensor | None = None
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> None:
         """Say whether Triton's kernels serve these layers."""
@@ -60,6 +65,21 @@ class Group:
             from trainer.kernels import lora
 
             self.triton = lora if lora.fits(self.ranks[0], (self.outs[0], self.params[0].shape[1]), dtype) else None
+        rank = sum(self.ranks)
+        if self.triton and not isinstance(self.weight, Packed) and rank % 8 == 0 and rank <= self.triton.LARGEST_RANK:
+            outs, inputs = self.weight.shape
+            self.frame = self.weight.new_zeros(outs + rank, inputs + rank)
+            self.frame[:outs, :inputs] = self.weight.detach()
+            self.weight = self.frame[:outs, :inputs]
+            for m, own in zip(self.layers, self.weight.split(self.outs), strict=True):
+                m.base_layer.weight.data = own
+
+    def places(self) -> list[torch.Tensor]:
+        """Where in the frame each `down` and `up` lies, in the order of `params`."""
+        outs, inputs = self.weight.shape
+        downs = self.frame[outs:, :inputs].split(self.ranks)
+        ups = [m[:, i * self.ranks[0] :][:, : self.ranks[0]] for i, m in enumerate(self.frame[:outs, inputs:].split(self.outs))]
+        return [x for pair in zip(downs, ups, strict=True) for x in pair]
 
     def stacked(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """The `up` of all layers, which lie one after the other, as one (layers, out, rank)."""
@@ -72,14 +92,19 @@ class Group:
         """
         scales = [m.scaling[self.name] for m in self.layers]
         if self.fresh or (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.params))):
-            whole = self.triton and self.triton.whole(x[..., 0].numel(), sum(self.outs), x.shape[-1])
-            even = self.even and x.device.type != "cpu"  # where one large product is faster, and attention may read slices of it
-            return (_WholeLora if whole else _EvenLora if even else _GroupLora).apply(x, self, scales, *self.params)
+            return self._form(x).apply(x, self, scales, *self.params)
         dtype = x.dtype
         down = torch.cat([p.detach().to(dtype) for p in self.params[::2]])
         flat = x.reshape(-1, x.shape[-1])
         y, _ = self._product(flat, down, [p.detach().to(dtype) for p in self.params[1::2]], scales)
         return tuple(piece.reshape(*x.shape[:-1], -1) for piece in y.split(self.outs, 1))
+
+    def _form(self, x: torch.Tensor) -> type[torch.autograd.Function]:
+        if self.triton and self.triton.whole(x[..., 0].numel(), sum(self.outs), x.shape[-1]):
+            return _WholeLora
+        if self.frame is not None:
+            return _FramedLora
+        return _EvenLora if self.even and x.device.type != "cpu" else _GroupLora  # elsewhere one large product is faster
 
     def input_gradient(self, g: torch.Tensor, low: torch.Tensor, scale: float) -> torch.Tensor:
         """(M, in) of g (M, sum of outs) and low (M, sum of ranks), what g becomes behind the `up`."""
@@ -127,7 +152,7 @@ class _WholeLora(torch.autograd.Function):
         elif ctx.needs_input_grad[3]:
             low = torch.cat([g @ up for g, up in zip(rows, ups, strict=True)], 1)
         if ctx.needs_input_grad[3]:
-            group.triton.gradients(x, h, rows, low, group.down_grad, group.stacked(group.grads), ctx.scale)
+            group.triton.gradients(x, h, rows, low, group.down_grad, group.stacked(group.grads), ctx.scale, ctx.scale)
         return gx, None, None, *[None] * len(group.params)
 
 
@@ -164,7 +189,7 @@ class _GroupLora(torch.autograd.Function):
                 own.mul_(scale)
         factor = scales[0] if same else 1.0
         if ctx.needs_input_grad[3] and group.triton:
-            group.triton.gradients(x, h, [g], low, group.down_grad, group.stacked(group.grads), factor)
+            group.triton.gradients(x, h, [g], low, group.down_grad, group.stacked(group.grads), factor, factor)
         elif ctx.needs_input_grad[3]:
             group.down_grad.addmm_(low.t(), x, alpha=factor)
             for piece, own, (_, grad), scale in zip(g.split(group.outs, 1), h.split(group.ranks, 1), group.grads, scales, strict=True):
@@ -172,6 +197,42 @@ class _GroupLora(torch.autograd.Function):
         gx = None
         if ctx.needs_input_grad[0]:
             gx = group.input_gradient(g, low, factor).view(ctx.shape)
+        return gx, None, None, *[None] * len(group.params)
+
+
+class _FramedLora(torch.autograd.Function):
+    """_GroupLora by large products alone, see Group.frame."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Group, scales: Sequence[float], *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flat, scale, outs, count = _rows(x), scales[0], len(group.weight), len(group.outs)
+        if group.alone:
+            both = group.triton.joined([flat], group.down.t()[None], scale)
+            ctx.save_for_backward(both)
+            if count == 1:
+                y = F.linear(both, group.frame[:outs], group.bias)[None]
+            else:  # so that each output is dense: attention reads it so
+                y = torch.bmm(both.expand(count, *both.shape), group.frame[:outs].unflatten(0, (count, -1)).transpose(1, 2))
+        else:
+            y, h = group._product(flat, group.down, [group.work[0][1]], scales)
+            ctx.save_for_backward(flat, h)
+            y = y[None]
+        ctx.group, ctx.scale, ctx.shape = group, scale, x.shape
+        return tuple(y.view(count, *x.shape[:-1], -1).unbind(0))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        group, (outs, inputs) = ctx.group, ctx.group.weight.shape
+        if group.alone:
+            (x, h), up_scale = ctx.saved_tensors[0].split((inputs, sum(group.ranks)), 1), 1.0  # h with the scale in it
+        else:
+            (x, h), up_scale = ctx.saved_tensors, ctx.scale
+        both = group.triton.joined([_rows(g) for g in gs], group.stacked(group.work), ctx.scale)
+        if ctx.needs_input_grad[3]:
+            pieces = list(both[:, :outs].split(group.outs, 1))
+            group.triton.gradients(x, h, pieces, both[:, outs:], group.down_grad, group.stacked(group.grads), 1.0, up_scale)
+        gx = (both @ group.frame[:, :inputs]).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return gx, None, None, *[None] * len(group.params)
 
 
@@ -202,7 +263,7 @@ class _EvenLora(torch.autograd.Function):
         low = torch.empty_like(h)  # gradient of h, without the scale
         torch.bmm(each, group.stacked(group.work), out=low.view(len(x), count, -1).transpose(0, 1))
         if ctx.needs_input_grad[3] and group.triton:
-            group.triton.gradients(x, h, list(each), low, group.down_grad, group.stacked(group.grads), ctx.scale)
+            group.triton.gradients(x, h, list(each), low, group.down_grad, group.stacked(group.grads), ctx.scale, ctx.scale)
         elif ctx.needs_input_grad[3]:
             group.down_grad.addmm_(low.t(), x, alpha=ctx.scale)
             ups = group.stacked(group.grads)
@@ -310,19 +371,29 @@ class Weights:
                 span = slice(starts[downs[0]], starts[downs[0]] + rows * columns)
                 g.down = self.work[span].view(rows, columns)
                 g.down_grad = (self.work_grad if downs[0] in narrow else self.grad)[span].view(rows, columns)
+        framed = [(p, to) for g in groups if getattr(g, "frame", None) is not None for p, to in zip(g.params, g.places(), strict=True)]
+        table = [[starts[p], to.data_ptr(), *to.shape, to.stride(0)] for p, to in framed]
+        self.table, self.most = torch.tensor(table, device=device), max((p.numel() for p, _ in framed), default=0)
+
+    def _renew(self) -> None:
+        """Bring the work copies up to the masters."""
+        if self.work is not self.master:
+            self.work.copy_(self.master)
+        if self.most:
+            from trainer.kernels import lora
+
+            lora.lay(self.work, self.table, self.most)
 
     def begin(self) -> None:
         """Bring the work copies up to the masters and set all gradients to zero."""
-        if self.work is not self.master:
-            self.work.copy_(self.master)
+        self._renew()
         self.work_grad.zero_()
         self.grad.zero_()
 
     @contextmanager
     def fresh(self) -> Iterator[None]:
         """For a while in which the masters do not change: passes without gradients read the work copies, made once, too."""
-        if self.work is not self.master:
-            self.work.copy_(self.master)
+        self._renew()
         for g in self.groups:
             g.fresh = True
         try:
