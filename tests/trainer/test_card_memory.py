@@ -38,7 +38,9 @@ def launches():
                 gs = tensor(rows, 3840).split(1280, 1)
                 y, h = lora.forward(x, weight, None, down, up, 1.0)
                 _, low = lora.backward(list(gs), weight, down, up, 1.0)
-                lora.gradients(x, h, list(gs), low, down.float(), up.float(), 1.0, 1.0)
+                gradients = lora.Gradients()
+                gradients.add(x, h, list(gs), low, down.float(), up.float(), 1.0, 1.0)
+                gradients.flush()
                 lora.add_low(y, h, up, 1.0)
                 lora.joined(list(gs), up, 1.0)
         lora.joined([x], tensor(lora.LARGEST_RANK, 1280).t()[None], 1.0)
@@ -49,6 +51,20 @@ def launches():
         _, mean, rstd = fused.layer_norm(rows, weight, weight, 1e-5)
         fused.layer_norm_backward(rows, weight, rows, mean, rstd, rows)
     return seen
+
+
+def kind(value):
+    """How Triton names the type of an argument."""
+    if isinstance(value, tuple):
+        return tuple(kind(v) for v in value)
+    return NAMES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+
+
+def even(value, at):
+    """Where in an argument tensors and multiples of 16 stand, of which Triton makes use."""
+    if isinstance(value, tuple):
+        return [path for i, v in enumerate(value) for path in even(v, (*at, i))]
+    return [at] if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0) else []
 
 
 @pytest.mark.parametrize("capability", [86, 120])
@@ -63,13 +79,11 @@ def test_every_tile_fits(launches, capability):
         options = {name: more[name] for name in ("num_warps", "num_stages") if name in more}
         values = dict(zip(names, args, strict=False)) | {name: v for name, v in more.items() if name not in options}
         fixed = {name: v for name, v in values.items() if v is None or name in more or (isinstance(v, int) and v == 1)}
-        kinds = {n: NAMES[v.dtype] if isinstance(v, torch.Tensor) else "fp32" if isinstance(v, float) else "i32" for n, v in values.items()}
-        aligned = [n for n in names if n not in fixed and (isinstance(values[n], torch.Tensor) or values[n] % 16 == 0)]
         source = ASTSource(
             fn=kernel,
-            signature={n: "constexpr" if n in fixed else kinds[n] for n in names},
+            signature={n: "constexpr" if n in fixed else kind(values[n]) for n in names},
             constexprs={(names.index(n),): v for n, v in fixed.items()},
-            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned if kinds[n] != "fp32"},
+            attrs={path: [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in fixed for path in even(values[n], (i,))},
         )
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert made.metadata.shared <= LIMIT, f"{kernel.__name__} {more} takes {made.metadata.shared} bytes"

@@ -202,4 +202,6 @@ def get(name: str) -> Family:
 
 def _to_host(module: torch.nn.Module) -> None:
     """Move a module to the CPU. Most of it is the system's work to hand out new memory, which all threads do together before the copy."""
+    import torch
+
     module._apply(lambda x: x if x.device.type == "cpu" else torch.empty_like(x, device="cpu").fill_(0).copy_(x))

@@ -22,7 +22,9 @@ LARGEST_RANK = 64
 # 1920 33 / 33, 4096 x 1280 x 1280 39 / 33. GPUs before it have the same matrix instructions in both.
 WHOLE = 12e9
 GROUP = 8  # rows of tiles that are computed before the next column, so that the weights are read from the L2 cache
-PROGRAMS, PARTS = 480, 16  # about so many share the rows where gradients are made, in at most so many parts
+JOINED = 264  # about so many programs of `joined`, and no fewer than there are tiles of rows
+JOBS = 16  # gradients that are made at once: those of a transformer's block
+PROGRAMS, FEWEST = 528, 256  # about so many programs make them, each from so many rows at least
 
 
 def fits(rank: int, sides: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -80,15 +82,25 @@ def add_low(y: Tensor, h: Tensor, up: Tensor, scale: float) -> None:
 def joined(xs: list[Tensor], low: Tensor, scale: float) -> Tensor:
     """(M, P * K + P * R): the x_p (M, K), whose rows may lie apart, side by side, then scale * x_p low_p; low (P, K, R) with any strides."""
     (m, k), (p, _, r) = xs[0].shape, low.shape
-    y = xs[0].new_empty(m, p * (k + r))
+    y = xs[0].new_empty(m, even(p * (k + r)))[:, : p * (k + r)]
     more = [xs[min(i, p - 1)] for i in (1, 2)]
-    bm, bk = 64, 128
+    bm, bk = 64, 64  # with 128 columns Triton 3.6 now and then gave wrong sums where ranks take 64
+    tiles = triton.cdiv(m, bm)
+    each = triton.cdiv(triton.cdiv(k, bk), max(1, JOINED // (tiles * p)))
+    parts = triton.cdiv(triton.cdiv(k, bk), each)
+    sums = torch.empty(tiles * p, parts, bm * _block(r), device=y.device, dtype=torch.float32) if parts > 1 else None
     with torch.cuda.device_of(y):
-        _joined[(triton.cdiv(m, bm), p)](
-            xs[0], *more, low, y, scale, m, k, xs[0].stride(0), more[0].stride(0), more[1].stride(0), *low.stride(),
-            R=r, RB=_block(r), BM=bm, BK=bk, num_warps=4, num_stages=3,
+        _joined[(parts, tiles, p)](
+            xs[0], *more, low, y, sums, arrivals(y.device, tiles * p), scale, m, k, each, y.stride(0),
+            xs[0].stride(0), more[0].stride(0), more[1].stride(0), *low.stride(),
+            R=r, RB=_block(r), BM=bm, BK=bk, num_warps=4, num_stages=4,
         )  # fmt: skip
     return y
+
+
+def even(columns: int) -> int:
+    """How far rows of so many numbers lie apart, so that Triton knows that each begins on 16 bytes."""
+    return -(-columns // 16) * 16
 
 
 def lay(work: Tensor, table: Tensor, most: int) -> None:
@@ -99,23 +111,47 @@ def lay(work: Tensor, table: Tensor, most: int) -> None:
         _lay[(triton.cdiv(most, size), len(table))](work, table, SIZE=size, num_warps=4)
 
 
-def gradients(
-    x: Tensor, h: Tensor, gs: list[Tensor], low: Tensor, down_grad: Tensor, up_grad: Tensor, down_scale: float, up_scale: float
-) -> None:
-    """Add down_scale * low' x to `down_grad` (P * R, K) and up_scale * g_p' h_p to `up_grad` (P, N, R), both dense."""
-    (m, k), (p, n, r) = x.shape, up_grad.shape
-    bm, bc = 64, 64
-    tiles = p * triton.cdiv(k, bc) + p * triton.cdiv(n, bc)
-    rows = triton.cdiv(triton.cdiv(m, max(1, min(PROGRAMS // tiles, PARTS))), bm) * bm
-    parts = triton.cdiv(m, rows)
-    sums = torch.empty(tiles, parts, _block(r) * bc, device=x.device, dtype=torch.float32)
-    more = [gs[min(i, p - 1)] for i in (1, 2)]
-    with torch.cuda.device_of(x):
-        _gradients[(tiles, parts)](
-            x, h, gs[0], *more, low, sums, arrivals(x.device, tiles), down_grad, up_grad, down_scale, up_scale,
-            m, n, k, rows, x.stride(0), h.stride(0), low.stride(0), gs[0].stride(0), more[0].stride(0), more[1].stride(0),
-            P=p, R=r, RB=_block(r), BM=bm, BC=bc, num_warps=4, num_stages=3,
-        )  # fmt: skip
+class Gradients:
+    """Gradients of several layers, made by one kernel: one alone is done before it has filled a GPU."""
+
+    def __init__(self) -> None:
+        self._jobs: list[tuple[Tensor, Tensor, Tensor, float]] = []
+
+    def add(
+        self, x: Tensor, h: Tensor, gs: list[Tensor], low: Tensor, down_grad: Tensor, up_grad: Tensor, down_scale: float, up_scale: float
+    ) -> None:
+        """Have down_scale * low' x added to `down_grad` (P * R, K) and up_scale * g_p' h_p to `up_grad` (P, N, R): by now, or by `flush`."""
+        rank = up_grad.shape[2]
+        if self._jobs and (len(self._jobs) + 2 * len(gs) > JOBS or self._jobs[0][2].shape[0] != rank):
+            self.flush()
+        for own_low, own_h, g, down, up in zip(
+            low.split(rank, 1), h.split(rank, 1), gs, down_grad.split(rank), up_grad.unbind(), strict=True
+        ):
+            self._jobs += [(own_low, x, down, down_scale), (own_h, g, up.t(), up_scale)]
+
+    def flush(self) -> None:
+        """Make those that wait."""
+        if not self._jobs:
+            return
+        jobs, self._jobs = self._jobs, []
+        bm, bc = 64, 64
+        rank = jobs[0][2].shape[0]
+        tiles = [triton.cdiv(broad.shape[1], bc) for _, broad, _, _ in jobs]
+        whole = sum(n * len(broad) for n, (_, broad, _, _) in zip(tiles, jobs, strict=True))  # rows of all tiles
+        rows = max(FEWEST, triton.cdiv(triton.cdiv(whole, PROGRAMS), bm) * bm)
+        programs = sum(n * triton.cdiv(len(broad), rows) for n, (_, broad, _, _) in zip(tiles, jobs, strict=True))
+        thin, broad, out, scales = (list(column) for column in zip(*jobs, *[jobs[0]] * (JOBS - len(jobs)), strict=True))
+        device = out[0].device
+        sums = torch.empty(programs, _block(rank) * bc, device=device, dtype=torch.float32)
+        with torch.cuda.device_of(sums):
+            _gradients[(programs,)](
+                tuple(thin), tuple(broad), tuple(out), tuple(scales),
+                tuple(len(x) for x in broad), tuple(x.shape[1] if i < len(jobs) else 0 for i, x in enumerate(broad)),
+                tuple(x.stride(0) for x in thin), tuple(x.stride(0) for x in broad),
+                tuple(x.stride(0) for x in out), tuple(x.stride(1) for x in out),
+                sums, arrivals(device, sum(tiles)), rows,
+                J=JOBS, R=rank, RB=_block(rank), BM=bm, BC=bc, num_warps=4, num_stages=3,
+            )  # fmt: skip
 
 
 def _tile(m: int) -> tuple[int, int, int, int]:
@@ -244,29 +280,39 @@ def _add_low(
     tl.store(at, total.to(y.dtype.element_ty), mask=inside & across)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "each"])
 def _joined(
-    x0, x1, x2, low, y, scale, M, K, row0, row1, row2, low_piece, low_row, low_rank,
+    x0, x1, x2, low, y, sums, arrived, scale, M, K, each, y_row, row0, row1, row2, low_piece, low_row, low_rank,
     R: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(1).to(tl.int64)
-    pieces = tl.num_programs(1)
+    """Each program copies a part of the columns and sums over them; the last part of a tile to be done adds up all of them."""
+    part, parts = tl.program_id(0), tl.num_programs(0)
+    piece, pieces = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     x = x0 if piece == 0 else x1 if piece == 1 else x2
     x_row = row0 if piece == 0 else row1 if piece == 1 else row2
-    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    rows = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
     ranks = tl.arange(0, RB)
     inside, ranked = (rows < M)[:, None], ranks < R
-    y += rows[:, None] * (pieces * (K + R))
+    y += rows[:, None] * y_row
     total = tl.zeros([BM, RB], tl.float32)
-    for first in range(0, K, BK):
-        columns = first + tl.arange(0, BK)
+    for i in range(part * each, tl.minimum(tl.cdiv(K, BK), part * each + each)):
+        columns = i * BK + tl.arange(0, BK)
         mask = inside & (columns < K)[None, :]
         tile = tl.load(x + rows[:, None] * x_row + columns[None, :], mask=mask, other=0.0)
         at_low = low + piece * low_piece + columns[:, None] * low_row + ranks[None, :] * low_rank
         total = tl.dot(tile, tl.load(at_low, mask=(columns < K)[:, None] & ranked[None, :], other=0.0), total)
         tl.store(y + piece * K + columns[None, :], tile, mask=mask)
     at = y + pieces * K + (piece * R + ranks)[None, :]
-    tl.store(at, (scale * total).to(y.dtype.element_ty), mask=inside & ranked[None, :])
+    mask = inside & ranked[None, :]
+    if sums is None:
+        tl.store(at, (scale * total).to(y.dtype.element_ty), mask=mask)
+    else:
+        tile_number = tl.program_id(1) * pieces + tl.program_id(2)
+        sums += tile_number.to(tl.int64) * parts * (BM * RB) + tl.arange(0, BM)[:, None] * RB + ranks[None, :]
+        tl.store(sums + part * (BM * RB), total)
+        if last(arrived + tile_number, parts):
+            total = added_up(sums, total, parts, BM * RB, 2)
+            tl.store(at, (scale * total).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -274,71 +320,51 @@ def _lay(work, table, SIZE: tl.constexpr):
     table += tl.program_id(1) * 5
     begin = tl.load(table)
     to = tl.load(table + 1).to(tl.pointer_type(work.dtype.element_ty))
-    rows, columns, apart = tl.load(table + 2), tl.load(table + 3), tl.load(table + 4)
+    rows, columns = tl.load(table + 2).to(tl.int32), tl.load(table + 3).to(tl.int32)
+    apart = tl.load(table + 4)
     number = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     there = number < rows * columns
     tl.store(to + number // columns * apart + number % columns, tl.load(work + begin + number, mask=there), mask=there)
 
 
-@triton.jit(do_not_specialize=["M", "rows"])
+@triton.jit(do_not_specialize=["heights", "out_ranks", "out_columns", "rows"])
 def _gradients(
-    x, h, g0, g1, g2, low, sums, arrived, down_grad, up_grad, down_scale, up_scale, M, N, K, rows, x_row, h_row, low_row, row0, row1, row2,
-    P: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    thins, broads, outs, scales, heights, widths, thin_rows, broad_rows, out_ranks, out_columns, sums, arrived, rows,
+    J: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a part of the rows: the first tiles of low' x, the others of g' h. The last part of a tile to be done adds up all of them."""
+    """out += scale * thin' broad of J jobs: `thin` (height, R), `broad` (height, width). A program sums over a part of the rows of one tile;
+    the last part of a tile to be done adds up all of them."""
     pid = tl.program_id(0)
-    part = tl.program_id(1)
-    begin = part * rows
-    end = tl.minimum(M, begin + rows)
-    across = tl.arange(0, BM)
+    first, first_tile = 0, 0  # of the job
+    program, tile_number = 0, 0  # the same of the next one
+    thin, broad, out, scale = thins[0], broads[0], outs[0], scales[0]
+    height, width, thin_row, broad_row = heights[0], widths[0], thin_rows[0], broad_rows[0]
+    out_rank, out_column = out_ranks[0], out_columns[0]
+    for j in tl.static_range(J):
+        if pid >= program:
+            thin, broad, out, scale = thins[j], broads[j], outs[j], scales[j]
+            height, width, thin_row, broad_row = heights[j], widths[j], thin_rows[j], broad_rows[j]
+            out_rank, out_column = out_ranks[j], out_columns[j]
+            first, first_tile = program, tile_number
+        program += tl.cdiv(widths[j], BC) * tl.cdiv(heights[j], rows)
+        tile_number += tl.cdiv(widths[j], BC)
+    parts = tl.cdiv(height, rows)
+    tile, part = (pid - first) // parts, (pid - first) % parts
+    columns = tile * BC + tl.arange(0, BC)
     ranks = tl.arange(0, RB)
-    ranked = ranks < R
-    each = tl.arange(0, BC)
-    parts = tl.num_programs(1)
-    sums += pid.to(tl.int64) * parts * (RB * BC)
-    own_sums = sums + part * (RB * BC)
-    arrived += pid
-    wide = tl.cdiv(K, BC)
-    if pid < P * wide:
-        piece = pid // wide
-        columns = pid % wide * BC + each
-        inside = (columns < K)[None, :]
-        total = tl.zeros([RB, BC], tl.float32)
-        for first in range(begin, end, BM):
-            row = (first + across).to(tl.int64)
-            there = row < end
-            at_low = low + row[None, :] * low_row + (piece * R + ranks)[:, None]
-            one = tl.load(at_low, mask=ranked[:, None] & there[None, :], other=0.0)
-            two = tl.load(x + row[:, None] * x_row + columns[None, :], mask=there[:, None] & inside, other=0.0)
-            total = tl.dot(one, two, total)
-        at = ranks[:, None] * BC + each[None, :]
-        tl.store(own_sums + at, total)
-        if last(arrived, parts):
-            total = added_up(sums + at, total, parts, RB * BC, 4)
-            to = down_grad + (piece * R + ranks)[:, None] * K + columns[None, :]
-            mask = ranked[:, None] & inside
-            tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + down_scale * total).to(to.dtype.element_ty), mask=mask)
-    else:
-        tall = tl.cdiv(N, BC)
-        pid -= P * wide
-        for piece in tl.static_range(P):
-            if pid // tall == piece:
-                g = g0 if piece == 0 else g1 if piece == 1 else g2
-                g_row = row0 if piece == 0 else row1 if piece == 1 else row2
-                columns = pid % tall * BC + each
-                inside = (columns < N)[:, None]
-                own = tl.zeros([BC, RB], tl.float32)
-                for first in range(begin, end, BM):
-                    row = (first + across).to(tl.int64)
-                    there = row < end
-                    one = tl.load(g + row[None, :] * g_row + columns[:, None], mask=inside & there[None, :], other=0.0)
-                    at_h = h + row[:, None] * h_row + (piece * R + ranks)[None, :]
-                    two = tl.load(at_h, mask=there[:, None] & ranked[None, :], other=0.0)
-                    own = tl.dot(one, two, own)
-                at = each[:, None] * RB + ranks[None, :]
-                tl.store(own_sums + at, own)
-                if last(arrived, parts):
-                    own = added_up(sums + at, own, parts, RB * BC, 4)
-                    to = up_grad + (piece * N + columns)[:, None] * R + ranks[None, :]
-                    mask = inside & ranked[None, :]
-                    tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + up_scale * own).to(to.dtype.element_ty), mask=mask)
+    ranked, inside = (ranks < R)[:, None], (columns < width)[None, :]
+    end = tl.minimum(height, part * rows + rows)
+    total = tl.zeros([RB, BC], tl.float32)
+    for begin in range(part * rows, end, BM):
+        row = (begin + tl.arange(0, BM)).to(tl.int64)
+        there = row < end
+        one = tl.load(thin + row[None, :] * thin_row + ranks[:, None], mask=ranked & there[None, :], other=0.0)
+        two = tl.load(broad + row[:, None] * broad_row + columns[None, :], mask=there[:, None] & inside, other=0.0)
+        total = tl.dot(one, two, total)
+    at = sums + (first + tile * parts).to(tl.int64) * (RB * BC) + ranks[:, None] * BC + tl.arange(0, BC)[None, :]
+    tl.store(at + part * (RB * BC), total)
+    if last(arrived + first_tile + tile, parts):
+        total = added_up(at, total, parts, RB * BC, 4)
+        to = out + ranks[:, None] * out_rank + columns[None, :] * out_column
+        mask = ranked & inside
+        tl.store(to, (tl.load(to, mask=mask, other=0.0).to(tl.float32) + scale * total).to(to.dtype.element_ty), mask=mask)

@@ -57,6 +57,7 @@ class Group:
         self.grads: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.down_grad: torch.Tensor
         self.triton: Any = None  # trainer.kernels.lora, where it serves these layers
+        self.gradients: Any = None  # trainer.kernels.lora.Gradients, of all groups
         self.frame: torch.Tensor | None = None
 
     def choose(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -68,7 +69,7 @@ class Group:
         rank = sum(self.ranks)
         if self.triton and not isinstance(self.weight, Packed) and rank % 8 == 0 and rank <= self.triton.LARGEST_RANK:
             outs, inputs = self.weight.shape
-            self.frame = self.weight.new_zeros(outs + rank, inputs + rank)
+            self.frame = self.weight.new_zeros(outs + rank, self.triton.even(inputs + rank))[:, : inputs + rank]
             self.frame[:outs, :inputs] = self.weight.detach()
             self.weight = self.frame[:outs, :inputs]
             for m, own in zip(self.layers, self.weight.split(self.outs), strict=True):
@@ -152,7 +153,7 @@ class _WholeLora(torch.autograd.Function):
         elif ctx.needs_input_grad[3]:
             low = torch.cat([g @ up for g, up in zip(rows, ups, strict=True)], 1)
         if ctx.needs_input_grad[3]:
-            group.triton.gradients(x, h, rows, low, group.down_grad, group.stacked(group.grads), ctx.scale, ctx.scale)
+            group.gradients.add(x, h, rows, low, group.down_grad, group.stacked(group.grads), ctx.scale, ctx.scale)
         return gx, None, None, *[None] * len(group.params)
 
 
@@ -189,7 +190,7 @@ class _GroupLora(torch.autograd.Function):
                 own.mul_(scale)
         factor = scales[0] if same else 1.0
         if ctx.needs_input_grad[3] and group.triton:
-            group.triton.gradients(x, h, [g], low, group.down_grad, group.stacked(group.grads), factor, factor)
+            group.gradients.add(x, h, [g], low, group.down_grad, group.stacked(group.grads), factor, factor)
         elif ctx.needs_input_grad[3]:
             group.down_grad.addmm_(low.t(), x, alpha=factor)
             for piece, own, (_, grad), scale in zip(g.split(group.outs, 1), h.split(group.ranks, 1), group.grads, scales, strict=True):
@@ -231,7 +232,7 @@ class _FramedLora(torch.autograd.Function):
         both = group.triton.joined([_rows(g) for g in gs], group.stacked(group.work), ctx.scale)
         if ctx.needs_input_grad[3]:
             pieces = list(both[:, :outs].split(group.outs, 1))
-            group.triton.gradients(x, h, pieces, both[:, outs:], group.down_grad, group.stacked(group.grads), 1.0, up_scale)
+            group.gradients.add(x, h, pieces, both[:, outs:], group.down_grad, group.stacked(group.grads), 1.0, up_scale)
         gx = (both @ group.frame[:, :inputs]).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return gx, None, None, *[None] * len(group.params)
 
@@ -263,7 +264,7 @@ class _EvenLora(torch.autograd.Function):
         low = torch.empty_like(h)  # gradient of h, without the scale
         torch.bmm(each, group.stacked(group.work), out=low.view(len(x), count, -1).transpose(0, 1))
         if ctx.needs_input_grad[3] and group.triton:
-            group.triton.gradients(x, h, list(each), low, group.down_grad, group.stacked(group.grads), ctx.scale, ctx.scale)
+            group.gradients.add(x, h, list(each), low, group.down_grad, group.stacked(group.grads), ctx.scale, ctx.scale)
         elif ctx.needs_input_grad[3]:
             group.down_grad.addmm_(low.t(), x, alpha=ctx.scale)
             ups = group.stacked(group.grads)
@@ -344,6 +345,10 @@ class Weights:
                 g.choose(device, dtype)
         groups = sorted(groups, key=lambda g: g.triton is not None)
         self.groups = groups
+        self.gradients: Any = None
+        for g in groups:
+            if g.triton:
+                self.gradients = g.gradients = self.gradients or g.triton.Gradients()
         order = [p for g in groups for p in (*g.params[::2], *g.params[1::2])]  # the `down` of a group stand together
         sizes = [-(-p.numel() // 8) * 8 for p in order]  # each begins on 16 bytes
         self.master = torch.zeros(sum(sizes), device=device)
@@ -403,7 +408,9 @@ class Weights:
                 g.fresh = False
 
     def collect(self) -> None:
-        """Add what the backward passes left in 16 bits to the float32 gradients."""
+        """Add what the backward passes left, and left in 16 bits, to the float32 gradients."""
+        if self.gradients:
+            self.gradients.flush()
         if len(self.work_grad):
             self.grad[: len(self.work_grad)].add_(self.work_grad)
             self.work_grad.zero_()
