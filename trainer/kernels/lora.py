@@ -84,7 +84,8 @@ def joined(xs: list[Tensor], low: Tensor, scale: float) -> Tensor:
     (m, k), (p, _, r) = xs[0].shape, low.shape
     y = xs[0].new_empty(m, even(p * (k + r)))[:, : p * (k + r)]
     more = [xs[min(i, p - 1)] for i in (1, 2)]
-    bm, bk = 64, 64  # with 128 columns Triton 3.6 now and then gave wrong sums where ranks take 64
+    bm, bk = 64, 64
+    stages = 4 if _block(r) == 16 else 1  # Triton 3.6 reads a wider `low` before all of it is there, where it is read ahead
     tiles = triton.cdiv(m, bm)
     each = triton.cdiv(triton.cdiv(k, bk), max(1, JOINED // (tiles * p)))
     parts = triton.cdiv(triton.cdiv(k, bk), each)
@@ -93,7 +94,7 @@ def joined(xs: list[Tensor], low: Tensor, scale: float) -> Tensor:
         _joined[(parts, tiles, p)](
             xs[0], *more, low, y, sums, arrivals(y.device, tiles * p), scale, m, k, each, y.stride(0),
             xs[0].stride(0), more[0].stride(0), more[1].stride(0), *low.stride(),
-            R=r, RB=_block(r), BM=bm, BK=bk, num_warps=4, num_stages=4,
+            R=r, RB=_block(r), BM=bm, BK=bk, num_warps=4, num_stages=stages,
         )  # fmt: skip
     return y
 
@@ -128,6 +129,8 @@ class Gradients:
             low.split(rank, 1), h.split(rank, 1), gs, down_grad.split(rank), up_grad.unbind(), strict=True
         ):
             self._jobs += [(own_low, x, down, down_scale), (own_h, g, up.t(), up_scale)]
+        if len(self._jobs) == JOBS:  # at once, so that the next block finds their memory free
+            self.flush()
 
     def flush(self) -> None:
         """Make those that wait."""
