@@ -9,6 +9,8 @@ h = x down' (M, P * R); y (P, M, N). All are of one 16-bit dtype, the last dimen
 gradients may lie apart. Sums run in float32, in one order.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -144,16 +146,16 @@ class Gradients:
         rows = max(FEWEST, triton.cdiv(triton.cdiv(whole, PROGRAMS), bm) * bm)
         programs = sum(n * triton.cdiv(len(broad), rows) for n, (_, broad, _, _) in zip(tiles, jobs, strict=True))
         thin, broad, out, scales = (list(column) for column in zip(*jobs, *[jobs[0]] * (JOBS - len(jobs)), strict=True))
-        device = out[0].device
+        device, unit = out[0].device, math.gcd(rank, 16)
         sums = torch.empty(programs, _block(rank) * bc, device=device, dtype=torch.float32)
         with torch.cuda.device_of(sums):
             _gradients[(programs,)](
                 tuple(thin), tuple(broad), tuple(out), tuple(scales),
                 tuple(len(x) for x in broad), tuple(x.shape[1] if i < len(jobs) else 0 for i, x in enumerate(broad)),
-                tuple(x.stride(0) for x in thin), tuple(x.stride(0) for x in broad),
+                tuple(x.stride(0) // unit for x in thin), tuple(x.stride(0) for x in broad),
                 tuple(x.stride(0) for x in out), tuple(x.stride(1) for x in out),
                 sums, arrivals(device, sum(tiles)), rows,
-                J=JOBS, R=rank, RB=_block(rank), BM=bm, BC=bc, num_warps=4, num_stages=3,
+                J=JOBS, R=rank, RB=_block(rank), U=unit, BM=bm, BC=bc, num_warps=4, num_stages=3,
             )  # fmt: skip
 
 
@@ -330,13 +332,13 @@ def _lay(work, table, SIZE: tl.constexpr):
     tl.store(to + number // columns * apart + number % columns, tl.load(work + begin + number, mask=there), mask=there)
 
 
-@triton.jit(do_not_specialize=["heights", "out_ranks", "out_columns", "rows"])
+@triton.jit(do_not_specialize=["heights", "thin_rows", "out_ranks", "out_columns", "rows"])
 def _gradients(
     thins, broads, outs, scales, heights, widths, thin_rows, broad_rows, out_ranks, out_columns, sums, arrived, rows,
-    J: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    J: tl.constexpr, R: tl.constexpr, RB: tl.constexpr, U: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """out += scale * thin' broad of J jobs: `thin` (height, R), `broad` (height, width). A program sums over a part of the rows of one tile;
-    the last part of a tile to be done adds up all of them."""
+    the last part of a tile to be done adds up all of them. `thin_rows` are in units of U, by which Triton reads more than one number at once."""
     pid = tl.program_id(0)
     first, first_tile = 0, 0  # of the job
     program, tile_number = 0, 0  # the same of the next one
@@ -361,7 +363,7 @@ def _gradients(
     for begin in range(part * rows, end, BM):
         row = (begin + tl.arange(0, BM)).to(tl.int64)
         there = row < end
-        one = tl.load(thin + row[None, :] * thin_row + ranks[:, None], mask=ranked & there[None, :], other=0.0)
+        one = tl.load(thin + row[None, :] * (thin_row * U) + ranks[:, None], mask=ranked & there[None, :], other=0.0)
         two = tl.load(broad + row[:, None] * broad_row + columns[None, :], mask=there[:, None] & inside, other=0.0)
         total = tl.dot(one, two, total)
     at = sums + (first + tile * parts).to(tl.int64) * (RB * BC) + ranks[:, None] * BC + tl.arange(0, BC)[None, :]
