@@ -2,7 +2,8 @@
 
 The frozen product and the low-rank one share the reading of their input: the tile of x that meets a tile of W also meets `down`, and what
 comes of it meets `up` while the tile of the result is still in registers. So a layer's forward pass is one kernel in place of three, its
-backward pass two in place of five to seven. Where cuBLAS' frozen product is quicker, the low-rank ones are added to it by `add_low`.
+backward pass one in place of three. Where cuBLAS' frozen product is quicker, it takes the low-rank one in: `joined` puts h beside x, and
+`up` stands beside `weight`. `Gradients` are those of `down` and `up`, of a block's layers at once.
 
 Shapes: x (M, K); `weight` (P * N, K) of P = 1 to 3 layers that read the same x, one below the other; `down` (P * R, K); `up` (P, N, R);
 h = x down' (M, P * R); y (P, M, N). All are of one 16-bit dtype, the last dimension of each dense; the rows of x, `weight`, h and the
@@ -133,6 +134,10 @@ class Gradients:
             self._jobs += [(own_low, x, down, down_scale), (own_h, g, up.t(), up_scale)]
         if len(self._jobs) == JOBS:  # at once, so that the next block finds their memory free
             self.flush()
+
+    def forget(self) -> None:
+        """Drop those that wait, of a step that broke off."""
+        self._jobs = []
 
     def flush(self) -> None:
         """Make those that wait."""

@@ -392,6 +392,8 @@ class Weights:
     def begin(self) -> None:
         """Bring the work copies up to the masters and set all gradients to zero."""
         self._renew()
+        if self.gradients:
+            self.gradients.forget()
         self.work_grad.zero_()
         self.grad.zero_()
 
