@@ -17,12 +17,13 @@ def folder(tmp_path) -> RunDir:
 
 @pytest.fixture
 def watched(folder):
-    """Six threads that look at the folder without a pause; the states that they have seen."""
+    """Six threads that look at the folder without a pause; (when a look began, the state that it saw) of each."""
     end, seen = threading.Event(), []
 
     def watch() -> None:
         while not end.is_set():
-            seen.append(is_alive(folder))
+            began = time.monotonic()
+            seen.append((began, is_alive(folder)))
 
     threads = [threading.Thread(target=watch) for _ in range(6)]
     for thread in threads:
@@ -33,12 +34,12 @@ def watched(folder):
         thread.join()
 
 
-def looks(seen: list[bool], count: int) -> list[bool]:
-    """The next `count` looks."""
-    start = len(seen)
-    while len(seen) < start + count:
+def looks(seen: list[tuple[float, bool]], count: int) -> list[bool]:
+    """What the next `count` looks saw that begin from now on."""
+    now, start = time.monotonic(), len(seen)
+    while len(found := [alive for began, alive in seen[start:] if began > now]) < count:
         time.sleep(0.001)
-    return seen[start : start + count]
+    return found[:count]
 
 
 def test_those_who_look_do_not_take_each_other_for_a_trainer(folder, watched):
@@ -50,7 +51,7 @@ def test_a_trainer_starts_under_many_eyes_and_holds_the_folder(folder, watched):
     for _ in range(20):
         lock = Lock(folder)
         lock.acquire()
-        assert all(looks(watched, 100)[12:])  # the first ones may have begun before
+        assert all(looks(watched, 100))
         lock.release()
     lock.acquire()
     with pytest.raises(RunError, match="Another process is training"):
