@@ -201,7 +201,12 @@ def get(name: str) -> Family:
 
 
 def _to_host(module: torch.nn.Module) -> None:
-    """Move a module to the CPU. Most of it is the system's work to hand out new memory, which all threads do together before the copy."""
+    module._apply(lambda x: x if x.device.type == "cpu" else host_copy(x))
+
+
+def host_copy(x: torch.Tensor) -> torch.Tensor:
+    """A copy of x on the CPU, laid out as x. Most of the work is the system's, which hands out new memory: all threads ask for it at once by
+    filling it, before the copy, which is made by one."""
     import torch
 
-    module._apply(lambda x: x if x.device.type == "cpu" else torch.empty_like(x, device="cpu").fill_(0).copy_(x))
+    return torch.empty_like(x, device="cpu").fill_(0).copy_(x)

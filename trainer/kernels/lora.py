@@ -21,8 +21,8 @@ from trainer.kernels.parts import added_up, arrivals, last
 
 LARGEST_RANK = 64
 # Up to this many operations (of x weight'), the whole layer is one kernel; above it cuBLAS' frozen product is quicker by more than the other
-# kernels cost. Measured on an H200 (us, one kernel / cuBLAS and three): M 4096 x 320 x 320 7 / 12, 1024 x 1280 x 1280 15 / 17, 4096 x 640 x
-# 1920 33 / 33, 4096 x 1280 x 1280 39 / 33. GPUs before it have the same matrix instructions in both.
+# kernels cost. Measured on an H200 (us, one kernel / cuBLAS and three, of which `joined` has made one since): M 4096 x 320 x 320 7 / 12,
+# 1024 x 1280 x 1280 15 / 17, 4096 x 640 x 1920 33 / 33, 4096 x 1280 x 1280 39 / 33. GPUs before it have the same matrix instructions in both.
 WHOLE = 12e9
 GROUP = 8  # rows of tiles that are computed before the next column, so that the weights are read from the L2 cache
 JOINED = 264  # about so many programs of `joined`, and no fewer than there are tiles of rows
@@ -88,7 +88,7 @@ def joined(xs: list[Tensor], low: Tensor, scale: float) -> Tensor:
     y = xs[0].new_empty(m, even(p * (k + r)))[:, : p * (k + r)]
     more = [xs[min(i, p - 1)] for i in (1, 2)]
     bm, bk = 64, 64
-    stages = 4 if _block(r) == 16 else 1  # Triton 3.6 reads a wider `low` before all of it is there, where it is read ahead
+    stages = 4 if _block(r) == 16 else 1  # read ahead, a wider `low` gave wrong sums now and then with Triton 3.6 on an H200
     tiles = triton.cdiv(m, bm)
     each = triton.cdiv(triton.cdiv(k, bk), max(1, JOINED // (tiles * p)))
     parts = triton.cdiv(triton.cdiv(k, bk), each)
