@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,20 @@ def load(
     attention: str = "sdpa",
     bits: int = 16,
     parked: bool = False,
+    beside: Executor | None = None,
 ) -> Models:
     """The base at `source`, frozen, with `model.merge` merged into it; `models.notes` has sentences on what was done.
 
     `parked`: all models wait on the CPU until they are borrowed or fetched, as they always do with `bits` 8 or 4: then the large weights of
     the denoiser and of T5 are packed (trainer.lean.narrow) after the merging, one at a time on the device.
+    `beside`: reads the denoiser's weights, where nothing is to be done with them here, until `Models.arrive`.
     Raises ValueError for settings that contradict the base, and for a LoRA that does not fit it.
     """
     from trainer.tools.inspect import read_lora
 
     parked = parked or bits < 16
-    models = family.load(source, dtype, torch.device("cpu") if parked else device, model, attention)
+    beside = None if parked or model.merge else beside
+    models = family.load(source, dtype, torch.device("cpu") if parked else device, model, attention, beside)
     for entry in model.merge:
         try:
             models.notes += merge(models.parts, read_lora(entry.file)[1], entry.strength)

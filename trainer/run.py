@@ -12,7 +12,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Container, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,11 @@ def train(
     Again where a failed capture may have spoilt this process.
     Raises ValueError with a sentence for anything that the user can mend; it also stands in the run's `failed` event.
     """
-    with ThreadPoolExecutor(2) as pool:
-        pool.submit(scan, config.data)  # it remembers good images; what is wrong `prepare` finds again
-        imports.light(beside=lambda: pool.submit(warm_up, config.train.device))
+    pool = ThreadPoolExecutor(2)
+    scanning = pool.submit(scan, config.data)  # it remembers good images; what is wrong `prepare` finds again
+    imports.light(beside=lambda: pool.submit(warm_up, config.train.device))
+    wait([scanning])
+    pool.shutdown(wait=False)
     import torch
 
     from trainer.kernels import widened
@@ -128,8 +130,8 @@ def train(
             room.choice = processes.agree(room.choice)
             while True:
                 try:
-                    with widened.where_needed(hardware.device, hardware.dtype):
-                        outcome, step = _train(config, run, hardware, processes, emit, resume, visits, interrupted, room)
+                    with widened.where_needed(hardware.device, hardware.dtype), ThreadPoolExecutor(1) as beside:
+                        outcome, step = _train(config, run, hardware, processes, emit, resume, visits, interrupted, room, beside)
                     break
                 except torch.OutOfMemoryError:
                     if processes.size > 1 or not room.shrink(emit):
@@ -225,6 +227,7 @@ def _train(
     visits: int | None,
     interrupted: Callable[[], bool],
     room: _Room,
+    beside: ThreadPoolExecutor,
 ) -> tuple[str, int]:
     import torch
 
@@ -289,7 +292,7 @@ def _train(
         torch.backends.cudnn.deterministic = True
     dtype = torch_dtype(hardware.dtype)
     family = families.get(ready.family)
-    models = bases.load(ready.source, family, dtype, device, config.model, config.train.attention, mode.bits, room.choice.parked)
+    models = bases.load(ready.source, family, dtype, device, config.model, config.train.attention, mode.bits, room.choice.parked, beside)
     models.windows, models.weighted = config.dataset.text_windows, config.dataset.prompt_weights
     for text in models.notes:
         emit("warning", text=text)
@@ -309,6 +312,7 @@ def _train(
     store = Store(config, ready.plan, family, models, trained, cache)
     for laid in plans:
         store.extend(laid)
+    models.arrive()
     if models.prediction == "unknown":
         emit("warning", text=bases.measure(ready.source, family, models, store.some_latents()))
     measures = _measures(config, ready.plan, store, trained, validation) if config.validation.enabled else {}
@@ -317,8 +321,7 @@ def _train(
     previews = preview.Previews(config, family, models, trained, next(iter(ready.plan.buckets())), run, lambda t: emit("warning", text=t))
     if processes.main:
         previews.read(now.prompts)
-    pool = ThreadPoolExecutor(1)  # while models are copied to the CPU, the host makes the adapter
-    parking = pool.submit(models.park, "vae", *(p for p in models.text if p not in store.text.live))
+    parking = beside.submit(models.park, "vae", *(p for p in models.text if p not in store.text.live))  # while the adapter is made
     if "unet" in models.parked:  # there is not room for all of them
         parking.result()
     models.fetch("unet", *store.text.live)
@@ -344,7 +347,6 @@ def _train(
     reduce = processes.reduce if processes.size > 1 else None
     step = Step(config, family, models, adapter, optimizer, stops, reduce, fp16=hardware.dtype == "fp16")
     parking.result()
-    pool.shutdown()
     reason = capture.why_not(step)
     runner = capture.Captured(step) if not reason else step if tape.why_not(step, len(ready.plan.steps)) else tape.Taped(step)
     previews.adapter, previews.sampler.room = adapter, getattr(runner, "release", None)

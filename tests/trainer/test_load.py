@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import socket
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import small_models as small
@@ -504,13 +505,60 @@ def test_a_full_device_is_no_damaged_file(made, monkeypatch):
         load_any(made("sd1")[0], torch.float32)
 
 
+class Later:
+    """An executor that waits to be told."""
+
+    def submit(self, *call):
+        self.call, self.future = call, Future()
+        return self.future
+
+    def go(self):
+        try:
+            self.future.set_result(self.call[0](*self.call[1:]))
+        except Exception as error:
+            self.future.set_exception(error)
+
+
+@pytest.mark.parametrize(("variant", "denoiser"), [("sdxl", "unet"), ("sd35_medium", "transformer")])
+def test_a_denoiser_that_is_read_beside_all_else_is_the_same_one(made, variant, denoiser):
+    for source in made(variant):
+        later = Later()
+        models = load_any(source, torch.bfloat16, made(variant)[0], layout=torch.channels_last, beside=later)
+        arriving, want = models.pop("arriving"), load_any(source, torch.bfloat16, made(variant)[0], layout=torch.channels_last)
+        assert models.keys() == want.keys() and not arriving.done()
+        assert {n for n, m in models.items() if isinstance(m, torch.nn.Module) and any(t.is_meta for t in m.state_dict().values())} == {
+            denoiser
+        }
+        later.go()
+        arriving.result()
+        for key, tensor in want[denoiser].state_dict().items():
+            got = models[denoiser].state_dict()[key]
+            assert torch.equal(got, tensor) and got.stride() == tensor.stride(), key
+        assert not models[denoiser].training
+
+
+def test_a_damaged_denoiser_that_is_read_beside_all_else_is_named(made, tmp_path):
+    path = tmp_path / "bare.safetensors"
+    tensors = load_file(made("sd1")[1])
+    del tensors["model.diffusion_model.out.2.bias"]
+    save_file(tensors, path)
+    later = Later()
+    arriving = load_any(path, torch.float32, beside=later)["arriving"]
+    later.go()
+    with pytest.raises(FormatError, match=r"bare.safetensors: the UNet .*conv_out.bias"):
+        arriving.result()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("variant", small.VARIANTS)
-def test_weights_that_go_straight_to_the_gpu_are_those_that_come_by_way_of_the_cpu(made, variant):
+def test_weights_that_go_straight_to_the_gpu_are_those_that_come_by_way_of_the_cpu(made, variant, monkeypatch):
     folder, path = made(variant)
+    monkeypatch.setattr(single_file._Upload, "SIZE", 1000)  # small weights, too, go in pieces
     for source in (folder, path):
         for t5 in ("auto", "8bit"):
-            ours = load_any(source, torch.float16, text_encoders=folder, t5=t5, device=torch.device("cuda"), layout=torch.channels_last)
+            with ThreadPoolExecutor(1) as pool:
+                ours = load_any(source, torch.float16, folder, t5, torch.device("cuda"), torch.channels_last, pool)
+                ours["arriving"].result()
             want = load_any(source, torch.float16, text_encoders=folder, t5=t5)
             for name, model in want.items():
                 if isinstance(model, torch.nn.Module):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,11 +17,13 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 import pytest
 import small_models
+from safetensors.torch import load_file, save_file
 from small_captioners import make_florence, make_wd
 
 from trainer.families import sources
 from trainer.families.sources import DEMO, SourceError, family_of, resolve
 from trainer.formats import FormatError
+from trainer.run_dir import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "c0ffee" * 6 + "c0ff"
@@ -423,3 +426,14 @@ def test_weights_in_pieces_are_a_whole_model(tmp_path):
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(raw)
     assert family_of(tmp_path, "auto") == "sd1"
+
+
+def test_a_run_on_a_damaged_denoiser_ends_with_a_sentence(train, tmp_path):
+    """It is read by a thread beside the encoding."""
+    base = shutil.copytree(DEMO, tmp_path / "base")
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors["conv_out.bias"]
+    save_file(tensors, file)
+    with pytest.raises(RunError, match=r"base: the UNet lacks the tensor conv_out\.bias"):
+        train({"model.source": str(base)})

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from statistics import mode
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from trainer import imports, lean, randomness
 from trainer.adapters import Delta, Ranks, plain
 from trainer.config import BlockConfig, LoraConfig
+from trainer.formats.single_file import weightless
 
 NAME = "default"
 
@@ -206,30 +208,29 @@ def build(
         layers[part], rates[part] = {}, {p: rate for p, (_, _, rate) in wanted.items() if rate != 1}
         if not own:
             continue
+        usual, device = mode(own.values()), next(parts[part].parameters()).device
         peft = PeftConfig(
-            r=config.rank,
-            lora_alpha=config.rank,  # the scale is set below
+            r=usual,
+            lora_alpha=usual,  # the scale is set below
             lora_dropout=config.dropout,
-            target_modules=_either(own),
-            # one pattern for each rank: PEFT tries all of them on each layer
-            rank_pattern={_either(p for p in own if own[p] == rank): rank for rank in sorted(set(own.values()))},
+            target_modules=list(own),
+            # one pattern for each other rank: PEFT tries all of them on each layer
+            rank_pattern={_either(p for p in own if own[p] == rank): rank for rank in sorted({*own.values()} - {usual})},
             init_lora_weights=False,
         )
-        with _no_quantized_layers():
+        with _no_quantized_layers(), weightless():
             inject_adapter_in_model(peft, parts[part], adapter_name=NAME)
         layers[part] = {n: m for n, m in parts[part].named_modules() if isinstance(m, LoraLayer)}
         assert list(layers[part]) == list(own), f"PEFT attached {len(layers[part])} layers to {part}, {len(own)} were named"
         for path, m in layers[part].items():
             assert m.r[NAME] == own[path]
             m.scaling[NAME] = wanted[path][1]
-            for w in (m.lora_A[NAME], m.lora_B[NAME]):
-                w.weight.data = w.weight.data.float()
-            bound = 1 / math.sqrt(m.lora_A[NAME].weight[0].numel())
+            down, up = m.lora_A[NAME], m.lora_B[NAME]
+            bound = 1 / math.sqrt(down.weight[0].numel())
             draw = torch.Generator().manual_seed(randomness.key(seed, 0, f"adapter {part} {path}"))
-            start = torch.empty(m.lora_A[NAME].weight.shape).uniform_(-bound, bound, generator=draw)
-            with torch.no_grad():
-                m.lora_A[NAME].weight.copy_(start)
-                m.lora_B[NAME].weight.zero_()
+            start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=draw)
+            down.weight = torch.nn.Parameter(start.to(device))
+            up.weight = torch.nn.Parameter(torch.zeros(up.weight.shape, device=device))
     for part, paths in targets.items():
         if paths and not layers[part]:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,7 @@ class Models:
         windows, weighted: how prompts are read: at most so many windows of 75 tokens; whether (word:1.2) weighs words.
         parked: what lives on the CPU between uses.
         bits: of the denoiser's large weights: 16 (32 on a base in float32), or 8 or 4 where they are packed.
+        arriving: the future of the denoiser's weights, where they are still being read; until `arrive` it is on the meta device.
     """
 
     parts: dict[str, torch.nn.Module]
@@ -78,6 +80,13 @@ class Models:
     parked: set[str] = field(default_factory=set)
     bits: int = 16
     notes: list[str] = field(default_factory=list)
+    arriving: Future[None] | None = None
+
+    def arrive(self) -> None:
+        """Wait until the denoiser's weights are there. Raises what loading them raises."""
+        if self.arriving:
+            self.arriving.result()
+            self.arriving = None
 
     @property
     def text(self) -> tuple[str, ...]:
@@ -139,7 +148,13 @@ class Family(Protocol):
     def native_resolution(self, source: Path, prediction: str = "auto") -> int: ...
 
     def load(
-        self, source: Path, dtype: torch.dtype, device: torch.device, model: ModelConfig | None = None, attention: str = "sdpa"
+        self,
+        source: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        model: ModelConfig | None = None,
+        attention: str = "sdpa",
+        beside: Executor | None = None,
     ) -> Models: ...
 
     def set_prediction(self, models: Models, prediction: str) -> None: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +55,26 @@ class Common:
 
         return native_resolution(source)
 
-    def open(self, source: Path, dtype: torch.dtype, device: torch.device, model: ModelConfig) -> tuple[dict[str, Any], Models]:
+    def open(
+        self, source: Path, dtype: torch.dtype, device: torch.device, model: ModelConfig, beside: Executor | None = None
+    ) -> tuple[dict[str, Any], Models]:
         """The components of `source` by diffusers' names, and the Models made of them, frozen, on the device; no schedule yet."""
         imports.light()
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # it lasts for milliseconds and would break into the run's own bar
-        found = single_file.load_any(source, dtype, model.text_encoders, model.t5, device, torch.channels_last)
+        found = single_file.load_any(source, dtype, model.text_encoders, model.t5, device, torch.channels_last, beside)
         text = {f"text_{k}": f"encoder{'' if k == 1 else f'_{k}'}" for k in (1, 2, 3)}
         encoders = {part: found[f"text_{n}"] for part, n in text.items() if found.get(f"text_{n}") is not None}
         tokenizers = {part: found[f"{text[part].replace('encoder', 'tokenizer')}"] for part in encoders}
         frozen = {part: m for part, m in encoders.items() if part not in self.parts}
         parts = {"unet": found[self.denoiser]} | {p: m for p, m in encoders.items() if p in self.parts}
         for module in (*parts.values(), *frozen.values(), found["vae"]):
-            module.requires_grad_(False).eval().to(device)
-        parts["unet"].to(memory_format=torch.channels_last)
+            module.requires_grad_(False).eval()
+            if module is not parts["unet"] or "arriving" not in found:
+                module.to(device)
         models = Models(parts, found["vae"], tokenizers, dict(found["scheduler"]), "unknown", None, device, frozen)
+        models.arriving = found.get("arriving")
         models.clip_skip = model.clip_skip
         models.notes = list(found.get("notes", ()))
         return found, models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,12 +29,21 @@ class SD3(Common):
     }
 
     def load(
-        self, source: Path, dtype: torch.dtype, device: torch.device, model: ModelConfig | None = None, attention: str = "sdpa"
+        self,
+        source: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        model: ModelConfig | None = None,
+        attention: str = "sdpa",
+        beside: Executor | None = None,
     ) -> Models:
-        """Load a diffusers folder or a single `.safetensors` file, frozen, transformer and encoders cast to `dtype`, the VAE in float32."""
+        """Load a diffusers folder or a single `.safetensors` file, frozen, transformer and encoders cast to `dtype`, the VAE in float32.
+
+        `beside`: reads the transformer's weights until `Models.arrive`.
+        """
         if attention == "xformers":
             raise ValueError("train.attention is xformers, which SD3's transformer does not take. Set train.attention = sdpa.")
-        _, models = self.open(source, dtype, device, model or ModelConfig())
+        _, models = self.open(source, dtype, device, model or ModelConfig(), beside)
         models.prediction = "flow"
         return models
 

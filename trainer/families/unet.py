@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,23 @@ class UNetFamily(Common):
     unet_targets = UNET_TARGETS
 
     def load(
-        self, source: Path, dtype: torch.dtype, device: torch.device, model: ModelConfig | None = None, attention: str = "sdpa"
+        self,
+        source: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        model: ModelConfig | None = None,
+        attention: str = "sdpa",
+        beside: Executor | None = None,
     ) -> Models:
         """Load a diffusers folder or a single `.safetensors` file, frozen, the UNet and text encoders cast to `dtype`.
 
         The VAE stays float32: it runs once for each image, and SDXL's overflows in fp16. What the files don't say of the
-        prediction is `unknown` after this: `set_prediction` says it later. Raises ValueError for settings that contradict it.
+        prediction is `unknown` after this: `set_prediction` says it later. `beside`: reads the UNet's weights until `Models.arrive`. Raises ValueError for settings that contradict it.
         """
         from trainer.formats import probe
 
         model = model or ModelConfig()
-        found, models = self.open(source, dtype, device, model)
+        found, models = self.open(source, dtype, device, model, beside)
         if attention == "xformers":
             found["unet"].enable_xformers_memory_efficient_attention()
         said, zero = probe.prediction(source)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,7 @@ def load_any(
     t5: str = "auto",
     device: torch.device = CPU,
     layout: torch.memory_format = torch.preserve_format,
+    beside: Executor | None = None,
 ) -> dict[str, Any]:
     """The components of the base at `source` by diffusers' names, in eval mode, and `notes`, sentences on what was done.
 
@@ -97,6 +100,8 @@ def load_any(
         t5: `auto`, `skip` or `8bit` (see ModelConfig).
         device: where the models shall be in the end. Weights are read straight into CUDA's memory and cast there; else they are on the CPU.
         layout: of the denoiser's convolutions.
+        beside: reads the denoiser's weights; until the future `arriving`, which is then among the components, is done, the denoiser is on
+            the meta device. What may be raised here is raised by that future, as far as it is about them.
 
     Raises FormatError for what is no complete model of a known family.
     """
@@ -109,11 +114,17 @@ def load_any(
         places.pop(T5, None)
     found: dict[str, Any] = {"notes": notes, "scheduler": _json(_configs(source, kind) / "scheduler" / "scheduler_config.json")}
     for name, place in places.items():
-        own = layout if name in DENOISERS else torch.preserve_format
-        found[name] = place.load(torch.float32 if name == "vae" else dtype, name == T5 and t5 == "8bit", device, own)
+        if beside and name in DENOISERS:
+            found[name] = _model(place.cls, place.config)
+        else:
+            own = layout if name in DENOISERS else torch.preserve_format
+            found[name] = place.load(torch.float32 if name == "vae" else dtype, name == T5 and t5 == "8bit", device, own)
         if name in FILES:
             words = name.replace("text_encoder", "tokenizer")
             found[words] = _t5_tokenizer(_t5_words(source, text_encoders)) if name == T5 else _tokenizer(source, kind, words)
+    if beside:  # after the others, which are used first
+        name = next(name for name in DENOISERS if name in places)
+        found["arriving"] = beside.submit(_aside, device, partial(places[name].load, dtype, False, device, layout, found[name]))
     return found
 
 
@@ -200,25 +211,27 @@ class Place:
         eight: bool = False,
         device: torch.device = CPU,
         layout: torch.memory_format = torch.preserve_format,
+        model: torch.nn.Module | None = None,
     ) -> torch.nn.Module:
         """The model with its weights cast to `dtype`, those of convolutions in `layout`, on a CUDA `device` or the CPU.
 
-        `eight`: its Linear layers in 8 bits, on the CPU.
+        `eight`: its Linear layers in 8 bits, on the CPU. `model`: it, on the meta device, where it has been made already.
         """
         what = f"{self.label}: {NAMES[self.name]}"
-        model = _model(self.cls, self.config)
+        model = _model(self.cls, self.config) if model is None else model
         small = int8.replace_linears(model) if eight else set()
         wanted = model.state_dict()
         try:
             with self.weights.opened() as read:
+                upload = _Upload(device) if device.type == "cuda" else None
 
                 def cast(key: str, name: str = "") -> torch.Tensor:
                     """T5 overflows in fp16 unless the last layer of each block stays float32 (transformers keeps it so, too)."""
                     kind = torch.float32 if dtype == torch.float16 and self.name == T5 and ".wo." in name else dtype
                     weight = read(key)
                     own = layout if weight.ndim == 4 else torch.preserve_format
-                    if device.type == "cuda":  # of a copy that changes the type, too, the CPU would do that part
-                        return weight.to(device).to(kind, memory_format=own)
+                    if upload:  # the GPU changes the type
+                        return upload(weight).to(kind, memory_format=own)
                     return weight.to(kind, copy=True, memory_format=own)
 
                 state = self._state(model, wanted, read, cast, small)
@@ -301,8 +314,50 @@ def _configs(source: Path, kind: Kind) -> Path:
     return source if source.is_dir() else CONFIGS / (kind.variant or kind.kind)
 
 
+def _aside(device: torch.device, load: Callable[[], nn.Module]) -> None:
+    """Load a model in a thread. On CUDA it has a stream of its own: copies to the GPU would wait for all that others gave it to compute."""
+    if device.type == "cuda":
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            load()
+        stream.synchronize()
+    else:
+        load().to(device)
+
+
+class _Upload:
+    """Copies mapped tensors to a CUDA device through two pinned buffers: one is filled by all threads while the other is on its way.
+
+    A plain copy is the driver's, which reads by one thread: 4 instead of 10 GB/s on the host of an H200.
+    """
+
+    SIZE = 2**25  # bytes of a buffer
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.turn = device, 0
+        self.buffers = [(torch.empty(self.SIZE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
+
+    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(weight.shape, dtype=weight.dtype, device=self.device)
+        pieces = (x.view(-1).view(torch.uint8).split(self.SIZE) for x in (weight.contiguous(), out))
+        for piece, to in zip(*pieces, strict=True):
+            buffer, sent = self.buffers[self.turn]
+            sent.synchronize()
+            to.copy_(buffer[: len(piece)].copy_(piece), non_blocking=True)
+            sent.record(torch.cuda.current_stream(self.device))
+            self.turn = 1 - self.turn
+        return out
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Modules that are made meanwhile are on the meta device, and no number is drawn for them: they are about to get their weights."""
+    with torch.device("meta"), _Blank():
+        yield
+
+
 class _Blank(TorchFunctionMode):
-    """On the meta device: no number is drawn or counted for a model that is about to get its weights.
+    """On the meta device: no number is drawn or counted.
 
     torch has normal_ and arange in Python there, and imports sympy for them (.5 s).
     """
@@ -323,7 +378,7 @@ def _model(cls: str, config: Path) -> torch.nn.Module:
     import transformers
 
     try:
-        with torch.device("meta"), _Blank():
+        with weightless():
             if hasattr(diffusers, cls):
                 kind = getattr(diffusers, cls)
                 return kind.from_config(kind.load_config(config, local_files_only=True))
