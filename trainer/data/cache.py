@@ -19,6 +19,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,16 @@ class Cache:
         done, total = 0, sum(sizes[k] for k in missing)
         if missing:
             self.progress(what, done, total)
-            for k, tensors in zip(missing, make(missing), strict=True):
-                found[k] = {name: t.detach().contiguous() for name, t in tensors.items()}
-                if keys:
-                    self.write(keys[k], found[k])
-                done += sizes[k]
-                self.progress(what, done, total)
+            with ThreadPoolExecutor(1) as pool:  # writes while the next batch is made
+                written = []
+                for k, tensors in zip(missing, make(missing), strict=True):
+                    found[k] = {name: t.detach().contiguous() for name, t in tensors.items()}
+                    if keys:
+                        written.append(pool.submit(self.write, keys[k], found[k]))
+                    done += sizes[k]
+                    self.progress(what, done, total)
+            for text in filter(None, (w.result() for w in written)):
+                self.warn(text)
         return found
 
     def read(self, key: str) -> Tensors | None:
@@ -161,10 +166,10 @@ class Cache:
             os.utime(path)  # `prune` takes what was not used for the longest time
         return tensors
 
-    def write(self, key: str, tensors: Tensors) -> None:
-        """Keep `tensors`, of any device and type, exactly; not those that hold something else than numbers."""
+    def write(self, key: str, tensors: Tensors) -> str:
+        """Keep `tensors`, of any device and type, exactly; not those that hold something else than numbers. Returns "", or why it failed."""
         if not self.writing or not all(bool(t.isfinite().all()) for t in tensors.values()):
-            return
+            return ""
         path = self._path(key)
         temp = path.with_name(f"{key}-{uuid.uuid4().hex}{HALF_WRITTEN}")
         data = save({name: t.to("cpu") for name, t in tensors.items()})
@@ -180,10 +185,11 @@ class Cache:
                 temp.unlink(missing_ok=True)
         except OSError as error:
             self.writing = False
-            self.warn(
+            return (
                 f"Encoded images and captions cannot be kept in {self.folder} ({error.strerror}), so the next run encodes them again. "
                 f"Free some space there, or set {ENVIRONMENT} to another folder, or to {OFF}."
             )
+        return ""
 
     def prune(self) -> None:
         """Delete what was not used for the longest time, down to the limit or until enough of the disk is free, and what killed
