@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -82,6 +83,9 @@ def train(
     Again where a failed capture may have spoilt this process.
     Raises ValueError with a sentence for anything that the user can mend; it also stands in the run's `failed` event.
     """
+    interval = sys.getswitchinterval()
+    # several threads work while a run starts: at each operation of torch one lets the others in, and would wait up to 5 ms to go on
+    sys.setswitchinterval(1e-4)
     pool = ThreadPoolExecutor(2)
     scanning = pool.submit(scan, config.data)  # it remembers good images; what is wrong `prepare` finds again
     imports.light(beside=lambda: pool.submit(warm_up, config.train.device))
@@ -162,6 +166,7 @@ def train(
             around.close()
         interrupted.restore()
         lock.release()
+        sys.setswitchinterval(interval)
 
 
 class _Room:

@@ -6,12 +6,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from statistics import mode
 from typing import Any
 
 import torch
 
-from trainer import imports, lean, randomness
+from trainer import lean, randomness
 from trainer.adapters import Delta, Ranks, plain
 from trainer.config import BlockConfig, LoraConfig
 from trainer.formats.single_file import weightless
@@ -192,9 +191,9 @@ def build(
     Raises ValueError for a configured block in which there is no layer, and for a part of which all layers are left out.
     """
     from peft import LoraConfig as PeftConfig
-    from peft import inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora import Conv2d, Linear
 
+    peft = PeftConfig(lora_dropout=config.dropout, init_lora_weights=False)
     _check_blocks(config, targets)
     layers: dict[str, dict[str, torch.nn.Module]] = {}
     rates: dict[str, dict[str, float]] = {}
@@ -208,22 +207,13 @@ def build(
         layers[part], rates[part] = {}, {p: rate for p, (_, _, rate) in wanted.items() if rate != 1}
         if not own:
             continue
-        usual, device = mode(own.values()), next(parts[part].parameters()).device
-        peft = PeftConfig(
-            r=usual,
-            lora_alpha=usual,  # the scale is set below
-            lora_dropout=config.dropout,
-            target_modules=list(own),
-            # one pattern for each other rank: PEFT tries all of them on each layer
-            rank_pattern={_either(p for p in own if own[p] == rank): rank for rank in sorted({*own.values()} - {usual})},
-            init_lora_weights=False,
-        )
-        with _no_quantized_layers(), weightless():
-            inject_adapter_in_model(peft, parts[part], adapter_name=NAME)
-        layers[part] = {n: m for n, m in parts[part].named_modules() if isinstance(m, LoraLayer)}
-        assert list(layers[part]) == list(own), f"PEFT attached {len(layers[part])} layers to {part}, {len(own)} were named"
-        for path, m in layers[part].items():
-            assert m.r[NAME] == own[path]
+        device = next(parts[part].parameters()).device
+        for path, rank in own.items():
+            parent, _, name = path.rpartition(".")
+            kind = Linear if isinstance(modules[path], torch.nn.Linear) else Conv2d
+            with weightless():  # PEFT's own way to put layers in looks at all modules again and again, which takes twice as long
+                m = layers[part][path] = kind(modules[path], NAME, peft, r=rank)
+            setattr(modules[parent], name, m)
             m.scaling[NAME] = wanted[path][1]
             down, up = m.lora_A[NAME], m.lora_B[NAME]
             bound = 1 / math.sqrt(down.weight[0].numel())
@@ -239,17 +229,3 @@ def build(
             )
     notes = [f"{smaller} layers are smaller than the rank that is set and get their own size as rank."] if smaller else []
     return Lora(layers, rates, notes, lean.install(parts, layers, NAME))
-
-
-@contextmanager
-def _no_quantized_layers() -> Iterator[None]:
-    """Keep PEFT from looking for layers of bitsandbytes: where that is installed, it would be imported for it, with torch's compiler (2 s)."""
-    from peft.tuners.lora import model
-
-    with imports.instead(model, "is_bnb_available", lambda: False), imports.instead(model, "is_bnb_4bit_available", lambda: False):
-        yield
-
-
-def _either(paths: Iterable[str]) -> str:
-    """A pattern that fits exactly these module paths."""
-    return "^(" + "|".join(map(re.escape, paths)) + ")"
