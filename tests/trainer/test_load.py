@@ -11,6 +11,7 @@ import small_models as small
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer import staging
 from trainer.formats import FormatError, int8, single_file
 from trainer.formats.probe import identify
 from trainer.formats.single_file import blank, load_any
@@ -553,7 +554,7 @@ def test_a_damaged_denoiser_that_is_read_beside_all_else_is_named(made, tmp_path
 @pytest.mark.parametrize("variant", small.VARIANTS)
 def test_weights_that_go_straight_to_the_gpu_are_those_that_come_by_way_of_the_cpu(made, variant, monkeypatch):
     folder, path = made(variant)
-    monkeypatch.setattr(single_file._Upload, "SIZE", 1000)  # small weights, too, go in pieces
+    monkeypatch.setattr(staging.Stage, "SIZE", 1000)  # small weights, too, go in pieces
     for source in (folder, path):
         for t5 in ("auto", "8bit"):
             with ThreadPoolExecutor(1) as pool:
@@ -565,3 +566,27 @@ def test_weights_that_go_straight_to_the_gpu_are_those_that_come_by_way_of_the_c
                     got = ours[name].state_dict()
                     assert name == "text_encoder_3" or all(t.is_cuda for t in got.values())
                     assert all(torch.equal(got[k].cpu(), t) for k, t in model.state_dict().items()), name
+
+
+@pytest.mark.gpu
+def test_a_module_goes_to_the_gpu_and_back_as_it_was(monkeypatch):
+    monkeypatch.setattr(staging.Stage, "SIZE", 1000)
+    device = torch.device("cuda")
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(8, 16, 3), torch.nn.Conv2d(16, 8, 1), torch.nn.Linear(40, 30).half(), torch.nn.BatchNorm1d(7)
+    )
+    module = module.to(memory_format=torch.channels_last).requires_grad_(False)
+    module[2].weight = torch.nn.Parameter(torch.randn(30, 50)[:, :40], requires_grad=False)  # a view with gaps
+    module.register_buffer("ids", torch.arange(5).expand(1, -1))
+    before = {k: (t.clone(), t.stride()) for k, t in module.state_dict().items()}
+    parameters = list(module.parameters())
+    for where in (device, "cpu", device):
+        staging.move(module, where)
+        assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
+        for key, tensor in module.state_dict().items():
+            assert tensor.device.type == torch.device(where).type
+            assert torch.equal(tensor.cpu(), before[key][0]), key
+            assert tensor.stride() == before[key][1] or key == "2.weight", key
+    big = torch.randn(3_000_001, device=device)
+    stage = staging.Stage(device)
+    assert all(torch.equal(stage.up(stage.down(big)), big) for _ in range(20))

@@ -13,7 +13,7 @@ from trainer import adapters, families, sampler
 from trainer.config import LoraConfig, LossConfig, ModelConfig
 from trainer.config.load import ROOT
 from trainer.data.images import open_rgb
-from trainer.families import WINDOW, Cond, Models, host_copy
+from trainer.families import WINDOW, Cond, Models
 from trainer.families.sources import DEMO
 from trainer.families.unet import UNET_TARGETS
 
@@ -144,10 +144,6 @@ class Module(torch.nn.Module):
         self.where = str(where)
         return self
 
-    def _apply(self, fn, recurse=True):  # parking copies each tensor to the CPU
-        self.where = "cpu"
-        return self
-
 
 def test_parked_modules_come_when_borrowed_and_go_back(models):
     names = ("unet", "text_1")
@@ -170,14 +166,6 @@ def test_parked_modules_come_when_borrowed_and_go_back(models):
     with pytest.raises(KeyError), models.borrow("vae", "text_1"):
         raise KeyError
     assert where() == home
-
-
-def test_a_copy_on_the_host_has_the_values_and_the_layout():
-    x = torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last)
-    copy = host_copy(x)
-    assert torch.equal(copy, x)
-    assert copy.stride() == x.stride()
-    assert copy.data_ptr() != x.data_ptr()
 
 
 # Prediction

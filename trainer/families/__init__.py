@@ -100,12 +100,12 @@ class Models:
         """Move modules to the CPU until they are borrowed."""
         for name in names:
             self.parked.add(name)
-            _to_host(self.module(name))
+            _move(self.module(name), "cpu")
 
     def fetch(self, *names: str) -> None:
         """Have parked modules on the device from now on."""
         for name in self.parked.intersection(names):
-            self.module(name).to(self.device)
+            _move(self.module(name), self.device)
             self.parked.remove(name)
 
     @contextmanager
@@ -116,14 +116,14 @@ class Models:
         home = [(table, name, t, t.data) for table in tables for name, t in table.items() if t is not None]
         try:
             for module in modules:
-                module.to(self.device)
+                _move(module, self.device)
             yield
         finally:
             for table, name, t, data in home:  # they are frozen: nothing need be copied back
                 t.data = data
                 table[name] = t
             for module in modules:
-                _to_host(module)
+                _move(module, "cpu")
 
     @contextmanager
     def tiling(self, side: int) -> Iterator[None]:
@@ -215,13 +215,7 @@ def get(name: str) -> Family:
     return FAMILIES[name]
 
 
-def _to_host(module: torch.nn.Module) -> None:
-    module._apply(lambda x: x if x.device.type == "cpu" else host_copy(x))
+def _move(module: torch.nn.Module, device: torch.device | str) -> None:
+    from trainer.staging import move
 
-
-def host_copy(x: torch.Tensor) -> torch.Tensor:
-    """A copy of x on the CPU, laid out as x. Most of the work is the system's, which hands out new memory: all threads ask for it at once by
-    filling it, before the copy, which is made by one."""
-    import torch
-
-    return torch.empty_like(x, device="cpu").fill_(0).copy_(x)
+    move(module, device)

@@ -26,6 +26,7 @@ from trainer import imports
 from trainer.formats import FormatError, int8
 from trainer.formats.metadata import read_header
 from trainer.formats.probe import LDM, TITLES, VAES, Kind, identify, weight_files
+from trainer.staging import Stage
 
 CONFIGS = Path(__file__).resolve().parents[2] / "assets" / "models"  # a folder for each family or variant, in diffusers' layout
 VOCABULARY = CONFIGS / "sd1" / "tokenizer"
@@ -223,15 +224,15 @@ class Place:
         wanted = model.state_dict()
         try:
             with self.weights.opened() as read:
-                upload = _Upload(device) if device.type == "cuda" else None
+                stage = Stage(device) if device.type == "cuda" else None
 
                 def cast(key: str, name: str = "") -> torch.Tensor:
                     """T5 overflows in fp16 unless the last layer of each block stays float32 (transformers keeps it so, too)."""
                     kind = torch.float32 if dtype == torch.float16 and self.name == T5 and ".wo." in name else dtype
                     weight = read(key)
                     own = layout if weight.ndim == 4 else torch.preserve_format
-                    if upload:  # the GPU changes the type
-                        return upload(weight).to(kind, memory_format=own)
+                    if stage:  # the GPU changes the type
+                        return stage.up(weight).to(kind, memory_format=own)
                     return weight.to(kind, copy=True, memory_format=own)
 
                 state = self._state(model, wanted, read, cast, small)
@@ -323,30 +324,6 @@ def _aside(device: torch.device, load: Callable[[], nn.Module]) -> None:
         stream.synchronize()
     else:
         load().to(device)
-
-
-class _Upload:
-    """Copies mapped tensors to a CUDA device through two pinned buffers: one is filled by all threads while the other is on its way.
-
-    A plain copy is the driver's, which reads by one thread: 4 instead of 10 GB/s on the host of an H200.
-    """
-
-    SIZE = 2**25  # bytes of a buffer
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.turn = device, 0
-        self.buffers = [(torch.empty(self.SIZE, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)]
-
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
-        out = torch.empty(weight.shape, dtype=weight.dtype, device=self.device)
-        pieces = (x.view(-1).view(torch.uint8).split(self.SIZE) for x in (weight.contiguous(), out))
-        for piece, to in zip(*pieces, strict=True):
-            buffer, sent = self.buffers[self.turn]
-            sent.synchronize()
-            to.copy_(buffer[: len(piece)].copy_(piece), non_blocking=True)
-            sent.record(torch.cuda.current_stream(self.device))
-            self.turn = 1 - self.turn
-        return out
 
 
 @contextmanager
