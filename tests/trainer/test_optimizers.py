@@ -93,6 +93,21 @@ def test_it_lowers_a_loss_and_resumes_to_the_last_bit(kind, tmp_path, same):
     check_lowers_and_resumes(kind, "cpu", tmp_path, same)
 
 
+def test_a_loaded_state_leaves_the_options_and_the_tensor_of_the_rate(tmp_path):
+    """A CUDA graph reads the rate from that tensor, on the GPU; a state of a run on the CPU has a number."""
+    run = RunDir(tmp_path)
+    run.create()
+    path = checkpoints.save_checkpoint(run, 5, Toy("adamw").train(0, 5).objects, keep=1)
+    toy = Toy("adamw")
+    rates = [torch.tensor(0.5), torch.tensor(0.25)]
+    for group, rate in zip(toy.optimizer.param_groups, rates, strict=True):
+        group.update(lr=rate, capturable=True, betas=(0.8, 0.9))
+    checkpoints.load_checkpoint(path, toy.objects)
+    for group, rate in zip(toy.optimizer.param_groups, rates, strict=True):
+        assert group["lr"] is rate and group["capturable"] and group["betas"] == (0.8, 0.9)
+        assert all(int(toy.optimizer.state[p]["step"]) == 5 and toy.optimizer.state[p]["exp_avg"].any() for p in group["params"])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_it_lowers_a_loss_and_resumes_on_the_gpu(kind, tmp_path, same):

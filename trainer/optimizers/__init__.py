@@ -23,7 +23,13 @@ class AdamW(torch.optim.AdamW):
         return state | {"state": {k: {**own, "step": own["step"].clone()} for k, own in state["state"].items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take on the moments and counts. Options stay as they were built, and so does the tensor that holds a rate: it is on the device,
+        where CUDA graphs read it, and a loaded one is on the CPU, whose value would become part of the graph.
+        """
+        built = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         super().load_state_dict(state)
+        for group, options in zip(self.param_groups, built, strict=True):
+            group.update(options)
         self._runs = {}
 
     @torch.no_grad()
