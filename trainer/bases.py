@@ -15,6 +15,8 @@ from trainer.data.images import open_rgb
 from trainer.families import Family, Models, prediction
 from trainer.families.sources import DEMO
 
+BESIDE = ("cuda",)  # where the weights may be read by a thread: the CPU would have to encode meanwhile
+
 
 def load(
     source: Path,
@@ -37,7 +39,7 @@ def load(
     from trainer.tools.inspect import read_lora
 
     parked = parked or bits < 16
-    beside = None if parked or model.merge else beside
+    beside = None if parked or model.merge or device.type not in BESIDE else beside
     models = family.load(source, dtype, torch.device("cpu") if parked else device, model, attention, beside)
     for entry in model.merge:
         try:

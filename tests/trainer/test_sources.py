@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 from urllib.parse import unquote, urlparse
 
 import numpy as np
@@ -20,9 +21,10 @@ import small_models
 from safetensors.torch import load_file, save_file
 from small_captioners import make_florence, make_wd
 
+from trainer import adapters, bases
 from trainer.families import sources
 from trainer.families.sources import DEMO, SourceError, family_of, resolve
-from trainer.formats import FormatError
+from trainer.formats import FormatError, single_file
 from trainer.run_dir import RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -428,8 +430,13 @@ def test_weights_in_pieces_are_a_whole_model(tmp_path):
     assert family_of(tmp_path, "auto") == "sd1"
 
 
-def test_a_run_on_a_damaged_denoiser_ends_with_a_sentence(train, tmp_path):
-    """It is read by a thread beside the encoding."""
+@pytest.fixture
+def beside(monkeypatch):
+    """Runs on the CPU read the denoiser by a thread, too, as those on a GPU do."""
+    monkeypatch.setattr(bases, "BESIDE", ("cpu",))
+
+
+def test_a_run_on_a_damaged_denoiser_ends_with_a_sentence(train, tmp_path, beside):
     base = shutil.copytree(DEMO, tmp_path / "base")
     file = base / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -437,3 +444,32 @@ def test_a_run_on_a_damaged_denoiser_ends_with_a_sentence(train, tmp_path):
     save_file(tensors, file)
     with pytest.raises(RunError, match=r"base: the UNet lacks the tensor conv_out\.bias"):
         train({"model.source": str(base)})
+
+
+@pytest.mark.parametrize("te", [False, True], ids=["denoiser", "text encoder too"])
+def test_what_a_thread_reads_and_attaches_meanwhile_is_trained_alike(te, train, same, request):
+    """With a text encoder that is trained the adapter is attached afterwards: until then that encoder reads captions."""
+    changes = {"part.text_1.train": te, "adapter.rank": 3, "train.visits": 8}
+    before = train(changes)
+    request.getfixturevalue("beside")
+    names = []
+    build, load = adapters.build, single_file.Place.load
+
+    def note(real):
+        def call(*args, **more):
+            names.append((real.__name__, threading.current_thread() is threading.main_thread()))
+            return real(*args, **more)
+
+        return call
+
+    with mock.patch.object(adapters, "build", note(build)), mock.patch.object(single_file.Place, "load", note(load)):
+        after = train(changes)
+    assert sorted(names) == sorted([("build", te), ("load", False), ("load", True), ("load", True)])
+    assert same(before.lora(), after.lora())
+    assert [e["loss"] for e in before.events("step")] == [e["loss"] for e in after.events("step")]
+
+
+def test_a_lora_that_does_not_fit_ends_a_run_whose_adapter_a_thread_attaches(train, beside, tmp_path):
+    first = train({"part.text_1.train": False, "train.visits": 4, "adapter.targets": ["attention", "feed_forward"]})
+    with pytest.raises(RunError, match=r"it changes \d+ layers that this run does not train"):
+        train({"part.text_1.train": False, "adapter.targets": ["attention"], "adapter.start": str(first.root / "lora.safetensors")})
