@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -103,3 +105,30 @@ def test_packed_weights_give_the_gradients_of_what_they_stand_for(name, bits, tm
     ours, theirs = gradients(family, models, adapter, torch.float32, "cpu"), exact(family, folder, kinds, packed=packed)
     assert apart(ours[0], theirs[0]) < 1e-5
     assert max(apart(ours[1][k], theirs[1][k]) for k in theirs[1]) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_an_input_that_several_layers_keep_is_kept_once(name, tmp_path):
+    """What tells the kernels for wide weights whether a layer may keep a wider copy of its input."""
+    family = families.get(name)
+    _, adapter = built(family, small_models.make_folder(tmp_path / name, name), torch.bfloat16, "cpu", KINDS)
+    alone, seen = {}, set()
+    for path, layer in adapter.layers["unet"].items():
+        owner = getattr(layer.forward, "__self__", None)
+        if isinstance(owner, lean.Group):
+            alone[path] = owner.alone
+        seen.add(path.rpartition(".")[2])
+    assert {"to_q", "to_k", "0", "2"} <= seen
+
+    def those(pattern):
+        found = {kept for path, kept in alone.items() if re.search(pattern, path)}
+        assert len(found) == 1, (pattern, found)
+        return found.pop()
+
+    assert those(r"ff\.net\.(0\.proj|2)$")
+    assert not those(r"to_out\.0$")
+    if name == "sdxl":
+        assert {p.rpartition(".")[2] for p in alone if "attn1" in p} == {"0"}  # q, k and v are one product
+        assert those(r"attn2\.to_q$")
+    else:
+        assert not those(r"(to_[qkv]|add_[qkv]_proj)$")

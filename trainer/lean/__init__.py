@@ -18,6 +18,7 @@ from trainer import kernels
 from trainer.lean.lora import Conv, Group, Weights
 from trainer.lean.narrow import NarrowConv2d, NarrowLinear, kept
 
+SHARING = re.compile(r"(.*\.)(to_[qkv]|(?:add_)?[qkv]_proj|to_out\.0)")  # layers whose input others may keep, too
 QKV = re.compile(r"(.*\.attn[12])\.(to_q|to_k|to_v)")  # of the UNets; layers of one attention that read the same input
 
 
@@ -49,12 +50,12 @@ def install(parts: dict[str, nn.Module], layers: dict[str, dict[str, Any]], name
         grouped = {path for members in shared for path in members}
         for path, m in found.items():
             if path in grouped:
-                m.forward = MethodType(_alone, m)
+                m.forward = MethodType(_grouped, m)
             elif isinstance(m.base_layer, nn.Conv2d):
                 groups.append(conv := Conv(m, name))
                 m.forward = conv
             else:
-                groups.append(group := Group([m], name, alone=not path.endswith("to_out.0")))  # attention keeps what it gives
+                groups.append(group := Group([m], name, alone=_alone(path, grouped)))
                 m.forward = MethodType(_first, group)
     return Weights(groups)
 
@@ -81,7 +82,13 @@ def _first(group: Group, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     return group(x)[0]
 
 
-def _alone(layer: Any, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+def _alone(path: str, grouped: set[str]) -> bool:
+    """Whether only the layer at `path` keeps its input: attention keeps what `to_out` reads, and q, k and v by themselves read the same."""
+    fits = SHARING.fullmatch(path)
+    return not fits or (fits[2] == "to_q" and f"{fits[1]}to_k" in grouped)  # k and v of a cross-attention read something else
+
+
+def _grouped(layer: Any, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     raise AssertionError("a layer of a shared product was called by itself")
 
 
