@@ -134,7 +134,7 @@ def train(
             room.choice = processes.agree(room.choice)
             while True:
                 try:
-                    with widened.where_needed(hardware.device, hardware.dtype), ThreadPoolExecutor(1) as beside:
+                    with widened.where_needed(hardware.device, hardware.dtype), _beside(hardware.device) as beside:
                         outcome, step = _train(config, run, hardware, processes, emit, resume, visits, interrupted, room, beside)
                     break
                 except torch.OutOfMemoryError:
@@ -167,6 +167,15 @@ def train(
         interrupted.restore()
         lock.release()
         sys.setswitchinterval(interval)
+
+
+def _beside(device: str) -> ThreadPoolExecutor:
+    """A thread for what goes on beside the rest, on the same GPU: each thread has one that is current, at first the first."""
+    import torch
+
+    if device.startswith("cuda"):
+        return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
+    return ThreadPoolExecutor(1)
 
 
 class _Room:

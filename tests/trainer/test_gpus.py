@@ -89,9 +89,10 @@ def test_two_gpus_resume_what_one_began(command, wait_for, tmp_path):
     assert apart < 1e-3 * sum(float(b[k].square().sum()) for k in b) ** 0.5
 
 
-def test_a_chosen_gpu_is_the_one_that_works(command, tmp_path):
-    """Triton's kernels and CUDA graphs are launched on torch's current device."""
-    trained(command(tmp_path / "run", GPU | {"train.device": "cuda:1", "train.visits": 12}))
+@pytest.mark.parametrize("te", [True, False], ids=["text encoder too", "denoiser"])
+def test_a_chosen_gpu_is_the_one_that_works(te, command, tmp_path):
+    """Triton's kernels and CUDA graphs are launched on the current device of the thread; a denoiser's adapter is attached by another one."""
+    trained(command(tmp_path / "run", GPU | {"train.device": "cuda:1", "train.visits": 12, "part.text_1.train": te}))
     assert not told(tmp_path / "run", "warning")
     losses = [e["loss"] for e in told(tmp_path / "run", "step")]
     assert losses and all(loss == loss for loss in losses)
