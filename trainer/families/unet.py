@@ -36,7 +36,8 @@ class UNetFamily(Common):
         """Load a diffusers folder or a single `.safetensors` file, frozen, the UNet and text encoders cast to `dtype`.
 
         The VAE stays float32: it runs once for each image, and SDXL's overflows in fp16. What the files don't say of the
-        prediction is `unknown` after this: `set_prediction` says it later. `beside`: reads the UNet's weights until `Models.arrive`. Raises ValueError for settings that contradict it.
+        prediction is `unknown` after this: `set_prediction` says it later. `beside`: reads the UNet's weights until `Models.arrive`.
+        Raises ValueError for settings that contradict the files.
         """
         from trainer.formats import probe
 
