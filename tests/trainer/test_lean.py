@@ -94,7 +94,7 @@ def test_gradients_are_those_of_peft_in_float64(name, kinds, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow), "sd3"])
 def test_packed_weights_give_the_gradients_of_what_they_stand_for(name, bits, tmp_path):
     family = families.get(name)
     folder = small_models.make_folder(tmp_path / name, name)

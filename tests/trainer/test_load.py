@@ -200,6 +200,7 @@ def test_the_file_is_not_needed_any_more(made, tmp_path):
         same_as_files(found, folder)
 
 
+@pytest.mark.slow
 def test_folders_of_other_kinds_of_files(made, tmp_path):
     """The fp16 variant, weights in pieces, and the names that VAEs had in old folders."""
     folder, _ = made("sd1", t5=False)
@@ -520,7 +521,7 @@ class Later:
             self.future.set_exception(error)
 
 
-@pytest.mark.parametrize(("variant", "denoiser"), [("sdxl", "unet"), ("sd35_medium", "transformer")])
+@pytest.mark.parametrize(("variant", "denoiser"), [("sd1", "unet"), ("sd35_medium", "transformer")])
 def test_a_denoiser_that_is_read_beside_all_else_is_the_same_one(made, variant, denoiser):
     for source in made(variant):
         later = Later()

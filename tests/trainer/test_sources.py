@@ -230,6 +230,7 @@ def test_without_the_hub_and_without_a_copy(ask, more, words):
     assert "'someone/toy': there is no such folder here" in error and all(w in error for w in words), error
 
 
+@pytest.mark.slow
 def test_a_captioner_of_the_hub_is_known_by_its_files_and_only_those_it_needs_are_fetched(hub, ask, small_blip, tmp_path):
     def files(folder: Path) -> dict[str, bytes]:
         return {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -265,6 +266,7 @@ def test_a_captioner_of_the_hub_is_known_by_its_files_and_only_those_it_needs_ar
         assert words in ask(f"someone/{name}", CAPTIONER)[2]
 
 
+@pytest.mark.slow
 def test_repositories_that_cannot_be_used(hub, ask):
     ema = {n.replace("model.safetensors", "model.non_ema.safetensors"): b for n, b in TOY.items()}
     pieces = {n.replace("model.safetensors", "model-00001-of-00002.safetensors"): b for n, b in TOY.items()}
@@ -446,7 +448,7 @@ def test_a_run_on_a_damaged_denoiser_ends_with_a_sentence(train, tmp_path, besid
         train({"model.source": str(base)})
 
 
-@pytest.mark.parametrize("te", [False, True], ids=["denoiser", "text encoder too"])
+@pytest.mark.parametrize("te", [pytest.param(False, id="denoiser"), pytest.param(True, id="text encoder too", marks=pytest.mark.slow)])
 def test_what_a_thread_reads_and_attaches_meanwhile_is_trained_alike(te, train, same, request):
     """With a text encoder that is trained the adapter is attached afterwards: until then that encoder reads captions."""
     changes = {"part.text_1.train": te, "adapter.rank": 3, "train.visits": 8}
