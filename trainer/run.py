@@ -65,6 +65,18 @@ class Again(Exception):
         self.root = root
 
 
+@contextlib.contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Several threads work while a run starts: at each operation of torch one lets the others in, and would wait up to 5 ms to go on."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@_quick_turns()
 def train(
     config: TrainConfig,
     root: Path,
@@ -83,9 +95,6 @@ def train(
     Again where a failed capture may have spoilt this process.
     Raises ValueError with a sentence for anything that the user can mend; it also stands in the run's `failed` event.
     """
-    interval = sys.getswitchinterval()
-    # several threads work while a run starts: at each operation of torch one lets the others in, and would wait up to 5 ms to go on
-    sys.setswitchinterval(1e-4)
     pool = ThreadPoolExecutor(2)
     scanning = pool.submit(scan, config.data)  # it remembers good images; what is wrong `prepare` finds again
     imports.light(beside=lambda: pool.submit(warm_up, config.train.device))
@@ -166,7 +175,6 @@ def train(
             around.close()
         interrupted.restore()
         lock.release()
-        sys.setswitchinterval(interval)
 
 
 def _beside(device: str) -> ThreadPoolExecutor:
