@@ -543,3 +543,8 @@ def test_t5(train, base, same):
     assert same(done["skip"].lora(), without.lora())
     assert any("T5 is left out" in e["text"] for e in done["skip"].events("warning"))
     assert not any("T5" in e["text"] for e in done["auto"].events("warning"))
+
+
+def test_an_attention_that_a_denoiser_does_not_take_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.attention is xformers, which the transformer of sd3 does not take\. Set it to sdpa\."):
+        families.get("sd3").load(tmp_path / "nothing there", torch.float32, torch.device("cpu"), attention="xformers")

@@ -37,6 +37,7 @@ class Common:
 
     Attributes:
         denoiser: the denoiser's name among diffusers' components.
+        attentions: what may compute its attention.
         unet_targets: kind of layer -> pattern of the denoiser's module paths.
         skip: for each text encoder, which of its layers is read, counted from the end (1: the last).
         final_norm: whether the encoder's last layer norm follows.
@@ -45,6 +46,7 @@ class Common:
     name: str
     parts: tuple[str, ...]
     denoiser = "unet"
+    attentions: tuple[str, ...] = ("sdpa", "xformers")
     unet_targets: dict[str, str]
     skip: dict[str, int]
     final_norm = True
@@ -55,10 +57,24 @@ class Common:
 
         return native_resolution(source)
 
-    def open(
-        self, source: Path, dtype: torch.dtype, device: torch.device, model: ModelConfig, beside: Executor | None = None
-    ) -> tuple[dict[str, Any], Models]:
-        """The components of `source` by diffusers' names, and the Models made of them, frozen, on the device; no schedule yet."""
+    def load(
+        self,
+        source: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        model: ModelConfig | None = None,
+        attention: str = "sdpa",
+        beside: Executor | None = None,
+    ) -> Models:
+        """Load a diffusers folder or a single `.safetensors` file, frozen, the denoiser and text encoders cast to `dtype`.
+
+        The VAE stays float32: it runs once for each image, and SDXL's overflows in fp16. What the files don't say of the
+        prediction is `unknown` after this: `set_prediction` says it later. `beside`: reads the denoiser's weights until `Models.arrive`.
+        Raises ValueError for settings that contradict the files, and for an attention that the denoiser does not take.
+        """
+        if attention not in self.attentions:
+            raise ValueError(f"train.attention is {attention}, which the {self.denoiser} of {self.name} does not take. Set it to sdpa.")
+        model = model or ModelConfig()
         imports.light()
         from transformers.utils import logging
 
@@ -77,7 +93,14 @@ class Common:
         models.arriving = found.get("arriving")
         models.clip_skip = model.clip_skip
         models.notes = list(found.get("notes", ()))
-        return found, models
+        if attention == "xformers":
+            parts["unet"].enable_xformers_memory_efficient_attention()
+        self.schedule(models, source, model)
+        return models
+
+    def schedule(self, models: Models, source: Path, model: ModelConfig) -> None:
+        """Say how the denoiser at `source` was trained: what it predicts, on which noise schedule."""
+        raise NotImplementedError
 
     def targets(self, models: Models, part: str, kinds: Sequence[str]) -> list[str]:
         """Module paths of `part` that `kinds` stand for, in the model's own order."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ class SD3(Common):
     name = "sd3"
     parts = ("unet", "text_1", "text_2")
     denoiser = "transformer"
+    attentions = ("sdpa",)
     skip: ClassVar = {"text_1": 2, "text_2": 2}
     final_norm = False
     unet_targets: ClassVar = {
@@ -28,24 +28,9 @@ class SD3(Common):
         "projections": r"transformer_blocks\.\d+\.(norm1|norm1_context)\.linear",
     }
 
-    def load(
-        self,
-        source: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        model: ModelConfig | None = None,
-        attention: str = "sdpa",
-        beside: Executor | None = None,
-    ) -> Models:
-        """Load a diffusers folder or a single `.safetensors` file, frozen, transformer and encoders cast to `dtype`, the VAE in float32.
-
-        `beside`: reads the transformer's weights until `Models.arrive`.
-        """
-        if attention == "xformers":
-            raise ValueError("train.attention is xformers, which SD3's transformer does not take. Set train.attention = sdpa.")
-        _, models = self.open(source, dtype, device, model or ModelConfig(), beside)
+    def schedule(self, models: Models, source: Path, model: ModelConfig) -> None:
+        """Flow matching, whatever the files say."""
         models.prediction = "flow"
-        return models
 
     def set_prediction(self, models: Models, prediction: str) -> None:
         assert prediction == "flow"

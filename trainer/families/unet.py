@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,13 @@ UNET_TARGETS = {
 class UNetFamily(Common):
     unet_targets = UNET_TARGETS
 
-    def load(
-        self,
-        source: Path,
-        dtype: torch.dtype,
-        device: torch.device,
-        model: ModelConfig | None = None,
-        attention: str = "sdpa",
-        beside: Executor | None = None,
-    ) -> Models:
-        """Load a diffusers folder or a single `.safetensors` file, frozen, the UNet and text encoders cast to `dtype`.
+    def schedule(self, models: Models, source: Path, model: ModelConfig) -> None:
+        """DDPM, with noise or v predicted, as the files or `model` say; `unknown` where neither does.
 
-        The VAE stays float32: it runs once for each image, and SDXL's overflows in fp16. What the files don't say of the
-        prediction is `unknown` after this: `set_prediction` says it later. `beside`: reads the UNet's weights until `Models.arrive`.
-        Raises ValueError for settings that contradict the files.
+        Raises ValueError for settings that contradict each other.
         """
         from trainer.formats import probe
 
-        model = model or ModelConfig()
-        found, models = self.open(source, dtype, device, model, beside)
-        if attention == "xformers":
-            found["unet"].enable_xformers_memory_efficient_attention()
         said, zero = probe.prediction(source)
         if model.zero_terminal_snr is not None:
             zero = model.zero_terminal_snr
@@ -58,7 +43,6 @@ class UNetFamily(Common):
             said = "v_prediction"
         models.scheduler["rescale_betas_zero_snr"] = bool(zero)
         self.set_prediction(models, said or "unknown")
-        return models
 
     def set_prediction(self, models: Models, prediction: str) -> None:
         """Say what the UNet predicts: `epsilon` or `v_prediction` (or `unknown`)."""
