@@ -575,18 +575,20 @@ def browser(env: Path) -> str:
     return path
 
 
-PARALLEL = ("-n", "logical", "--maxprocesses", "4", "--dist", "loadscope")
+CORES = os.cpu_count() or 1
+WORKERS = min(4, CORES)
+PARALLEL = ("-n", str(WORKERS), "--dist", "loadscope")  # modules side by side: models of real size are in one, so one at a time
 
 
 def test(env: Path, arguments: list) -> int:
     CHILD_ENV["LORA_ATELIER_BROWSER"] = browser(env)
+    CHILD_ENV["OMP_NUM_THREADS"] = str(CORES // WORKERS)  # threads that wait for cores of others' slow training many times
     full = "--full" in arguments
     arguments = [word for word in arguments if word != "--full"]
     checks = (
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
-        # the slow ones hold models of real size, one at a time
-        ("pytest", "-m", "not gpu", *arguments) if full else ("pytest", "-m", "not gpu and not slow", *PARALLEL, *arguments),
+        ("pytest", "-m", "not gpu" if full else "not gpu and not slow", *PARALLEL, *arguments),
     )
     failed = []
     for check in checks:

@@ -473,8 +473,8 @@ def test_the_test_command_fails_if_anything_does(folder, monkeypatch):
     monkeypatch.setattr(launch, "browser", lambda env: "/usr/bin/some-browser")
     monkeypatch.setattr(launch, "CHILD_ENV", {})
     assert launch.test(folder, ["--full", "-x"]) == 0
-    assert launch.CHILD_ENV == {"LORA_ATELIER_BROWSER": "/usr/bin/some-browser"}
-    assert ran == [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pytest", "-m", "not gpu", "-x"]]
+    assert {"LORA_ATELIER_BROWSER": "/usr/bin/some-browser", "OMP_NUM_THREADS": str(launch.CORES // launch.WORKERS)} == launch.CHILD_ENV
+    assert ran == [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["pytest", "-m", "not gpu", *launch.PARALLEL, "-x"]]
     codes["pytest"] = 5  # no test found
     with pytest.raises(launch.Stop, match="Failed: pytest"):
         launch.test(folder, [])

@@ -81,6 +81,7 @@ def test_the_job_follows_the_protocol(compared):
     assert [e["type"] for e in compared.events()][-1] == "finished"  # the run's own events are left alone
 
 
+@pytest.mark.slow
 def test_the_gain_is_the_drop_of_the_loss_that_training_measures(train, draw_pictures, tmp_path, configure):
     """The validation of the run itself, made with its adapter, and the comparison, made with the exported file: the same images."""
     held = draw_pictures(tmp_path / "held", [(64, 64)] * 4, seed=7)

@@ -316,7 +316,8 @@ def run_of(train, base, name, changes=None, **options):
     return train(settings, **options)
 
 
-@pytest.mark.parametrize("name", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow), "sd3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_a_resumed_run_equals_an_uninterrupted_one(name, train, base, same):
     drawn = {"adapter.dropout": 0.2, "dataset.flip": True, "dataset.caption_dropout": 0.3, "train.visits": 3}
     whole = run_of(train, base, name, drawn)
@@ -331,7 +332,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, train, base, same):
         assert ups and sum(bool(t.any()) for t in ups) > len(ups) / 2, part
 
 
-@pytest.mark.parametrize("name", ["sd1", pytest.param("sd2", marks=pytest.mark.slow), "sdxl", "sd3"])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in ("sd2", "sdxl") else ()) for n in FAMILIES])
 def test_the_exported_file_does_in_diffusers_what_the_adapter_did(name, train, base, load):
     """A fresh pipeline with the file, and with the weights of the last preview: the same pictures, and others than the base's."""
     done = run_of(
@@ -511,7 +512,8 @@ def test_settings_of_another_family_are_no_silent_change(configure):
 # What comes after a run
 
 
-@pytest.mark.parametrize("name", [pytest.param("sd2", marks=pytest.mark.slow), pytest.param("sdxl", marks=pytest.mark.slow), "sd3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd2", "sdxl", "sd3"])
 def test_a_run_is_compared_and_its_file_worn(name, train, base, tmp_path):
     """The comparison and the playground's studio take a run of any family, and the LoRA changes what the studio draws."""
     import json

@@ -153,7 +153,7 @@ torch.optim.AdamW([parameter]).step()
         pytest.param("import torch._dynamo.utils", marks=pytest.mark.slow),
         pytest.param("from torch._dynamo.eval_frame import OptimizedModule", marks=pytest.mark.slow),
         pytest.param("assert not isinstance(torch.nn.Linear(2, 2), torch._dynamo.eval_frame.OptimizedModule)", marks=pytest.mark.slow),
-        "assert torch._dynamo.eval_frame.innermost_fn",
+        pytest.param("assert torch._dynamo.eval_frame.innermost_fn", marks=pytest.mark.slow),
     ],
 )
 def test_what_is_compiled_afterwards_is_compiled(ask):

@@ -185,6 +185,7 @@ def test_a_run_trains_on_the_merged_base(first, train, same):
     assert not same(run.lora(), train().lora())
 
 
+@pytest.mark.slow
 def test_a_run_with_a_merge_resumes_to_the_same(first, train, same):
     changes = {"model.merge": [{"file": str(first.root / "lora.safetensors")}]}
     whole, part = train(changes), train(changes, stop_at=3)

@@ -101,6 +101,7 @@ def test_weights_of_folders_count_over_the_whole_batch(train, draw_pictures, tmp
     assert_close(cut, whole)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(train, command, draw_pictures, tmp_path):
     """By accelerate on the CPU (gloo). Batches of 4 and of 3 rows: in the latter one process has an empty slot."""
     folders = [

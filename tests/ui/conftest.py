@@ -39,7 +39,7 @@ class App:
     def start(self) -> None:
         home = self.folder / "home"
         home.mkdir(exist_ok=True)
-        environment = {**os.environ, "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+        environment = {**os.environ, "HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
         environment |= self.environment
         words = [sys.executable, "-m", "app", "--no-browser", "--port", str(self.port), "--data-dir", str(self.data), *self.words]
         log = (self.folder / "app.txt").open("ab")

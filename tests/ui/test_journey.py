@@ -139,7 +139,7 @@ def test_from_dropped_pictures_to_a_file_that_draws(open_page, app, zorps, small
 
 def start(app, name: str, **changes) -> str:
     """A run of the built-in example, in the queue."""
-    small = {"train.visits": 6, "preview.enabled": False, "validation.enabled": False, "adapter.rank": 2}
+    small = {"train.visits": 2, "preview.enabled": False, "validation.enabled": False, "adapter.rank": 2}
     app.post("/draft/example")
     app.post("/draft", {"name": name, "changes": small | changes}, method="PATCH")
     return app.post("/runs", {"draft": True, "queue": True})["id"]
@@ -166,7 +166,7 @@ def test_a_killed_trainer_shows_as_interrupted_and_resumes(open_page, app):
     import json
     import os
 
-    run = start(app, "Killed", **{"train.visits": 200, "output.checkpoint_every": 10})
+    run = start(app, "Killed", **{"train.visits": 200, "train.batch_size": 1, "output.checkpoint_every": 10})
     page = open_page(f"/runs?run={run}")
     bar = page.get_by_role("progressbar", name="Progress", exact=True)
     page.wait_for_function("Number(document.querySelector('[role=progressbar][data-step]')?.dataset.step) >= 20", timeout=180_000)

@@ -81,6 +81,7 @@ def test_captions_are_saved_while_typing_and_survive(page, open_page, app, zorps
     assert app.get("/images")["images"][0]["caption"] == TRICKY
 
 
+@pytest.mark.slow
 def test_what_is_typed_while_the_app_is_away_is_sent_when_it_is_back(page, app, zorps):
     add(page, zorps[:1])
     expect(captions(page)).to_have_count(1)
