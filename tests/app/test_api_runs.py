@@ -153,6 +153,7 @@ def test_a_run_from_the_draft_has_its_own_images(client, context):
     context.runner.kill(folder, grace=0)
 
 
+@pytest.mark.slow
 def test_stop_resume_and_live_changes(client, context, settings):
     id = start(client, settings, LONG | {"preview.enabled": True, "preview.steps": 1, "preview.every": 0, "preview.prompts": ["a zorp"]})
     told = wait_step(client, context, id)

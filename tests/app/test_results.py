@@ -196,6 +196,7 @@ def ask(client, **more) -> dict:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_the_playground_draws_goes_on_and_gives_way(client, context, run):
     assert client.get("/api/playground").json() == {"state": "idle", "text": "", "pictures": None, "error": ""}
     for wrong in ({"steps": 0}, {"width": 65}, {"prompt": 3}, {"strength": 9}):

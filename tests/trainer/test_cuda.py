@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import trainer.loop
-from trainer import capture, control, events, run
+from trainer import capture, control, events, memory, run
 from trainer.config.load import validate
 from trainer.demo.run import DEMO
 from trainer.run_dir import RunDir
@@ -109,6 +109,29 @@ def test_previews_by_graph_change_nothing_that_is_learnt(tmp_path):
     assert len([e for e in told if e["type"] == "preview"]) >= 10 and not any("CUDA graphs" in e.get("text", "") for e in told)
     a, b = load_file(without.lora("lora")), load_file(shown.lora("lora"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_every_way_to_save_memory_learns_the_same(tmp_path, monkeypatch):
+    """Over 50 steps; a packed base makes a small difference."""
+    monkeypatch.setattr(trainer.loop, "EVENTS_EVERY", 1)
+    losses = {}
+    for mode in memory.MODES:
+        settings = {
+            "train__memory": mode,
+            "train__dtype": "bf16",
+            "train__reproducible": True,
+            "train__visits": 15,
+            "validation__enabled": False,
+        }
+        outcome, done = run.train(config(**settings), tmp_path / mode)
+        told = list(events.read(done.events))
+        assert outcome == "finished" and [e["mode"] for e in told if e["type"] == "memory"] == [mode]
+        losses[mode] = [e["loss"] for e in told if e["type"] == "step"]
+    torch.use_deterministic_algorithms(False)
+    apart = {mode: max(abs(a - b) for a, b in zip(losses["fast"], losses[mode], strict=True)) for mode in losses}
+    print(apart)
+    assert len(losses["fast"]) >= 50 and max(apart["selective"], apart["checkpointing"]) < 1e-3
+    assert 0 < apart["8bit"] < 0.02 and 0 < apart["4bit"] < 0.05
 
 
 def test_a_full_gpu_makes_the_run_go_on_in_a_smaller_way(tmp_path, monkeypatch):

@@ -169,6 +169,7 @@ def first(train):
     return train({"train.visits": 4})
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_the_merged_base(first, train, same):
     file = first.root / "lora.safetensors"
     family = families.get("sd1")

@@ -277,6 +277,7 @@ def test_save_now_asks_the_trainer_and_shows_what_it_did(open_page, make_run, tr
     assert folder.exists()
 
 
+@pytest.mark.slow
 def test_the_browser_tells_when_a_run_ends_or_fails(open_page, app, make_run, trainer):
     page = open_page("/settings")
     page.context.grant_permissions(["notifications"])
@@ -333,6 +334,7 @@ def test_use_these_settings_fills_the_draft(open_page, app, finished, zorps):
     expect(page.locator(".nl-card")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_start_from_this_lora_is_in_the_run_that_is_started(open_page, app, finished, busy):
     folder = finished("zorp")
     page = open_page(f"/runs?run={folder.name}")

@@ -62,6 +62,7 @@ def test_dropped_pictures_and_their_captions_are_there(page, app, zorps):
     assert {i["name"] for i in app.get("/images")["images"]} == {"01.png", "02.png"}
 
 
+@pytest.mark.slow
 def test_captions_are_saved_while_typing_and_survive(page, open_page, app, zorps):
     add(page, zorps[:3])
     expect(captions(page)).to_have_count(3)
@@ -211,6 +212,7 @@ def test_what_is_missing_is_said_and_leads_to_its_place(page, app):
     assert page.evaluate("document.activeElement !== document.body")
 
 
+@pytest.mark.slow
 def test_the_example_is_captioned_by_what_comes_with_it(page, app):
     sentences = page.locator("#caption-sentences")
     expect(sentences).to_contain_text("first use downloads")

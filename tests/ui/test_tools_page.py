@@ -143,6 +143,7 @@ def test_what_goes_wrong_is_a_sentence_in_the_card(open_page, lora, tmp_path):
     expect(inspected(page).locator(".lt-verdict")).to_contain_text("cut off")
 
 
+@pytest.mark.slow
 def test_a_runs_file_is_offered(open_page, app, lora):
     folder = app.data / "runs/20261123-120000-cat"
     folder.mkdir(parents=True)
