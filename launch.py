@@ -582,7 +582,7 @@ PARALLEL = ("-n", str(WORKERS), "--dist", "loadscope")  # modules side by side: 
 
 def test(env: Path, arguments: list) -> int:
     CHILD_ENV["LORA_ATELIER_BROWSER"] = browser(env)
-    CHILD_ENV["OMP_NUM_THREADS"] = str(CORES // WORKERS)  # threads that wait for cores of others' slow training many times
+    CHILD_ENV["OMP_NUM_THREADS"] = str(CORES // WORKERS)  # more would spin while they wait for a core that another worker holds
     full = "--full" in arguments
     arguments = [word for word in arguments if word != "--full"]
     checks = (
