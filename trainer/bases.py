@@ -14,6 +14,7 @@ from trainer.config import ModelConfig
 from trainer.data.images import open_rgb
 from trainer.families import Family, Models, prediction
 from trainer.families.sources import DEMO
+from trainer.lean import frozen
 
 BESIDE = ("cuda",)  # where the weights may be read by a thread: the CPU would have to encode meanwhile
 
@@ -46,6 +47,8 @@ def load(
             models.notes += merge(models.parts, read_lora(entry.file)[1], entry.strength)
         except ValueError as error:
             raise ValueError(f"model.merge names {entry.file}: {error}") from None
+    if device.type == "cuda":  # a VAE's norms take longer than its convolutions there; elsewhere nothing is gained
+        frozen.install(models.vae)
     if bits < 16:
         from trainer.lean import narrow
 

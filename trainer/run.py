@@ -178,11 +178,11 @@ def train(
 
 
 def _beside(device: str) -> ThreadPoolExecutor:
-    """A thread for what goes on beside the rest, on the same GPU: each thread has one that is current, at first the first."""
+    """Threads for what goes on beside the rest, on the same GPU: each thread has one that is current, at first the first."""
     import torch
 
     if device.startswith("cuda"):
-        return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
+        return ThreadPoolExecutor(2, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
     return ThreadPoolExecutor(1)
 
 
@@ -335,6 +335,7 @@ def _train(
     deltas = None if last or not config.adapter.start else list(_read_start(config.adapter.start))
 
     def attach() -> Any:
+        models.arrive()
         wanted = {name: targets[name] for name in trained}
         made = adapters.build(config.adapter, models.parts, wanted, config.train.seed, ranks or (deltas and adapters.ranks_of(deltas)))
         if deltas is not None:

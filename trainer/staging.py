@@ -23,6 +23,7 @@ class Stage:
     """
 
     SIZE = 2**23  # bytes of a buffer
+    SMALL = 2**16  # bytes that the driver takes at once, without waiting for the device
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.turn = device, 0
@@ -32,9 +33,16 @@ class Stage:
         """x as a tensor on the device. Returns before it is there, as any operation of the current stream does."""
         if x.is_cuda:
             return x
+        if x.nbytes <= self.SMALL:
+            return x.to(self.device)
         out = torch.empty_like(x, device=self.device)
         if out.stride() != x.stride():  # it has gaps
             return out.copy_(x)
+        if x.nbytes <= self.SIZE:  # in fewer operations, at each of which another thread may have to be waited for
+            buffer, sent = self._next()
+            out.copy_(buffer[: x.nbytes].view(x.dtype).as_strided(x.shape, x.stride()).copy_(x), non_blocking=True)
+            sent.record(torch.cuda.current_stream(self.device))
+            return out
         for piece, to in zip(self._pieces(x), self._pieces(out), strict=True):
             buffer, sent = self._next()
             to.copy_(buffer[: len(piece)].copy_(piece), non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 
 import pytest
 import torch
@@ -161,3 +162,35 @@ def test_a_full_gpu_makes_the_run_go_on_in_a_smaller_way(tmp_path, monkeypatch):
     assert any("ran out after step" in e["text"] for e in told if e["type"] == "warning")
     losses = [{e["step"]: e["loss"] for e in events.read(done.events) if e["type"] == "step"} for done in (whole, short)]
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+FULL = """
+import sys, torch
+from trainer import capture
+from trainer.__main__ import main
+
+whole = capture.Captured._capture
+
+def full(self, *rest):
+    global held
+    torch.cuda.empty_cache()
+    held = torch.empty(torch.cuda.mem_get_info()[0] - 2**26, dtype=torch.uint8, device="cuda")
+    return whole(self, *rest)
+
+capture.Captured._capture = full
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def test_a_capture_that_fails_is_made_up_for_by_a_fresh_process(command, tmp_path):
+    """All but 64 MiB of the GPU are taken just before the first capture, by the process itself: the next one has them again."""
+    values = config(train__batch_size=14, train__dtype="bf16", dataset__resolution=256, validation__enabled=False)
+    path, root = tmp_path / "config.json", tmp_path / "run"
+    path.write_text(json.dumps(values.model_dump(mode="json")), encoding="utf-8")
+    process = command(root, None, str(path), launcher=("-c", FULL))
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    told = list(events.read(root / "events.jsonl"))
+    assert [e["text"] for e in told if e["type"] == "warning" and "ran out after step 1." in e["text"]], said
+    assert [(e["type"], e.get("step")) for e in told if e["type"] in ("resumed", "finished")] == [("resumed", 1), ("finished", 10)], said
+    assert [e["mode"] for e in told if e["type"] == "memory"][-1] == "selective"

@@ -10,7 +10,7 @@ import torch
 from tests import small_models
 from trainer import adapters, families, lean
 from trainer.config import LoraConfig, ModelConfig
-from trainer.lean import narrow
+from trainer.lean import frozen, narrow
 
 NARROW = (narrow.NarrowLinear, narrow.NarrowConv2d)
 KINDS = ("attention", "feed_forward", "projections", "convolutions")
@@ -132,3 +132,26 @@ def test_an_input_that_several_layers_keep_is_kept_once(name, tmp_path):
         assert those(r"attn2\.to_q$")
     else:
         assert not those(r"(to_[qkv]|add_[qkv]_proj)$")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("name", "images"), [("sdxl", 1), ("sd3", 2)])
+def test_a_vae_encodes_and_decodes_as_diffusers_has_it(name, images, device, tmp_path):
+    models = families.get(name).load(small_models.make_folder(tmp_path / name, name), torch.float32, torch.device("cpu"), ModelConfig())
+    vae, draw = models.vae.double(), torch.Generator().manual_seed(0)
+    pixels = torch.rand(images, 3, 48, 64, generator=draw, dtype=torch.float64) * 2 - 1
+    codes = torch.randn(images, vae.config.latent_channels, 6, 8, generator=draw, dtype=torch.float64)
+
+    def both(dtype):
+        with torch.no_grad():
+            moments = vae.encode(pixels.to(vae.device, dtype)).latent_dist.parameters
+            return moments.double().cpu(), vae.decode(codes.to(vae.device, dtype)).sample.double().cpu()
+
+    theirs = both(torch.float64)
+    forwards = {n: m.forward for n, m in vae.named_modules()}
+    frozen.install(vae.to(device, torch.float32))
+    changed = {type(m).__name__ for n, m in vae.named_modules() if m.forward != forwards[n]}
+    assert changed == {"Conv2d", "GroupNorm", "ResnetBlock2D"}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        ours = both(torch.float32)
+    assert max(apart(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-5

@@ -30,7 +30,7 @@ from safetensors.torch import load, save
 from trainer import imports
 from trainer.run_dir import replace
 
-VERSION = 1  # of how entries are made and named
+VERSION = 2  # of how entries are made and named
 LIMIT = 5 * 2**30  # bytes that `prune` leaves
 SPARE = 2**30  # bytes of the disk that are never taken: a run has more important things to write
 ENVIRONMENT = "LORA_ATELIER_CACHE"

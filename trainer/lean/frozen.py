@@ -1,4 +1,4 @@
-"""The frozen layers of diffusers' UNet in forms that keep less for the backward pass and leave channels-last as it is."""
+"""The frozen layers of diffusers' UNet and VAE in forms that keep less for the backward pass and leave channels-last as it is."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trainer import kernels
 from trainer.lean.narrow import FrozenConv, NarrowConv2d, kept
 
 
-def install(unet: nn.Module) -> None:
-    """Exchange the `forward` of the layers that are known here; all others stay. The UNet's weights must be frozen."""
+def install(model: nn.Module) -> None:
+    """Exchange the `forward` of the layers that are known here; all others stay. The model's weights must be frozen."""
     from diffusers.models.activations import GEGLU
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    for m in unet.modules():
+    for m in model.modules():
         if type(m) is nn.Conv2d and m.padding_mode == "zeros" and m.groups == 1 and m.dilation == (1, 1):
             m.forward = MethodType(_conv, m)
         elif type(m) is nn.GroupNorm:
@@ -42,6 +42,8 @@ def _conv(self: Any, x: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _group_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    if x.ndim == 3:  # (B, C, S), as a VAE's attention has it
+        return _group_norm(self, x.unsqueeze(2)).squeeze(2)
     return kernels.group_norm(x, self.weight, self.bias, self.num_groups, self.eps, False)
 
 
