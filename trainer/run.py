@@ -349,9 +349,8 @@ def _train(
     for laid in plans:
         store.extend(laid)
     models.arrive()
+    adapter = attaching.result() if attaching else None
     if models.prediction == "unknown":
-        if attaching:
-            wait([attaching])
         emit("warning", text=bases.measure(ready.source, family, models, store.some_latents()))
     measures = _measures(config, ready.plan, store, trained, validation) if config.validation.enabled else {}
     if processes.main:
@@ -365,7 +364,7 @@ def _train(
     models.fetch("unet", *store.text.live)
 
     # 4. what is trained
-    adapter = attaching.result() if attaching else attach()
+    adapter = adapter or attach()
     for text in adapter.notes:
         emit("warning", text=text)
     lean.recompute(models.parts["unet"], mode.again, keep_random=config.adapter.dropout > 0)

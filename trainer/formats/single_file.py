@@ -116,14 +116,16 @@ def load_any(
     found: dict[str, Any] = {"notes": notes, "scheduler": _json(_configs(source, kind) / "scheduler" / "scheduler_config.json")}
     for name, place in places.items():
         if beside and name in DENOISERS:
-            found[name] = _model(place.cls, place.config).requires_grad_(False)  # now, since the thread exchanges what this is said of
-            found["arriving"] = beside.submit(_aside, device, partial(place.load, dtype, False, device, layout, found[name]))
+            found[name] = _model(place.cls, place.config)
         else:
             own = layout if name in DENOISERS else torch.preserve_format
             found[name] = place.load(torch.float32 if name == "vae" else dtype, name == T5 and t5 == "8bit", device, own)
         if name in FILES:
             words = name.replace("text_encoder", "tokenizer")
             found[words] = _t5_tokenizer(_t5_words(source, text_encoders)) if name == T5 else _tokenizer(source, kind, words)
+    if beside:  # after the others, which are used first
+        name = next(name for name in DENOISERS if name in places)
+        found["arriving"] = beside.submit(_aside, device, partial(places[name].load, dtype, False, device, layout, found[name]))
     return found
 
 
@@ -230,8 +232,7 @@ class Place:
                     weight = read(key)
                     own = layout if weight.ndim == 4 else torch.preserve_format
                     if stage:  # the GPU changes the type
-                        weight = stage.up(weight)
-                        return weight if weight.dtype == kind and weight.ndim != 4 else weight.to(kind, memory_format=own)
+                        return stage.up(weight).to(kind, memory_format=own)
                     return weight.to(kind, copy=True, memory_format=own)
 
                 state = self._state(model, wanted, read, cast, small)
