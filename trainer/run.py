@@ -178,11 +178,11 @@ def train(
 
 
 def _beside(device: str) -> ThreadPoolExecutor:
-    """Threads for what goes on beside the rest, on the same GPU: each thread has one that is current, at first the first."""
+    """A thread for what goes on beside the rest, on the same GPU: each thread has one that is current, at first the first."""
     import torch
 
     if device.startswith("cuda"):
-        return ThreadPoolExecutor(2, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
+        return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
     return ThreadPoolExecutor(1)
 
 
@@ -328,28 +328,13 @@ def _train(
             "Add attention, or set that part's stop to 1."
         )
 
-    # 3. latents and text, once; meanwhile the adapter, where it is for the denoiser alone, whose weights are on their way to it
+    # 3. latents and text, once
     emit("stage", name="encoding")
-    layers = kohya.layers(models.parts)
-    ranks = last and checkpoints.ranks(last[1])
-    deltas = None if last or not config.adapter.start else list(_read_start(config.adapter.start))
-
-    def attach() -> Any:
-        models.arrive()
-        wanted = {name: targets[name] for name in trained}
-        made = adapters.build(config.adapter, models.parts, wanted, config.train.seed, ranks or (deltas and adapters.ranks_of(deltas)))
-        if deltas is not None:
-            _start(made, config.adapter.start, deltas)
-        made.train(True)
-        return made
-
-    attaching = beside.submit(attach) if models.arriving and trained.keys() == {"unet"} else None
     cache = Cache.of_the_user(lambda text: emit("warning", text=text), events.Progress(emit))
     store = Store(config, ready.plan, family, models, trained, cache)
     for laid in plans:
         store.extend(laid)
     models.arrive()
-    adapter = attaching.result() if attaching else None
     if models.prediction == "unknown":
         emit("warning", text=bases.measure(ready.source, family, models, store.some_latents()))
     measures = _measures(config, ready.plan, store, trained, validation) if config.validation.enabled else {}
@@ -364,7 +349,14 @@ def _train(
     models.fetch("unet", *store.text.live)
 
     # 4. what is trained
-    adapter = adapter or attach()
+    layers = kohya.layers(models.parts)
+    wanted = {name: targets[name] for name in trained}
+    ranks = last and checkpoints.ranks(last[1])
+    deltas = None if last or not config.adapter.start else list(_read_start(config.adapter.start))
+    adapter = adapters.build(config.adapter, models.parts, wanted, config.train.seed, ranks or (deltas and adapters.ranks_of(deltas)))
+    if deltas is not None:
+        _start(adapter, config.adapter.start, deltas)
+    adapter.train(True)
     for text in adapter.notes:
         emit("warning", text=text)
     lean.recompute(models.parts["unet"], mode.again, keep_random=config.adapter.dropout > 0)

@@ -21,7 +21,7 @@ import small_models
 from safetensors.torch import load_file, save_file
 from small_captioners import make_florence, make_wd
 
-from trainer import adapters, bases
+from trainer import bases
 from trainer.families import sources
 from trainer.families.sources import DEMO, SourceError, family_of, resolve
 from trainer.formats import FormatError, single_file
@@ -448,30 +448,18 @@ def test_a_run_on_a_damaged_denoiser_ends_with_a_sentence(train, tmp_path, besid
         train({"model.source": str(base)})
 
 
-@pytest.mark.parametrize("te", [pytest.param(False, id="denoiser"), pytest.param(True, id="text encoder too", marks=pytest.mark.slow)])
-def test_what_a_thread_reads_and_attaches_meanwhile_is_trained_alike(te, train, same, request):
-    """With a text encoder that is trained the adapter is attached afterwards: until then that encoder reads captions."""
-    changes = {"part.text_1.train": te, "adapter.rank": 3, "train.visits": 8}
-    before = train(changes)
+def test_what_a_thread_reads_meanwhile_is_trained_alike(train, same, request):
+    before = train({})
     request.getfixturevalue("beside")
-    names = []
-    build, load = adapters.build, single_file.Place.load
+    inside = []
+    load = single_file.Place.load
 
-    def note(real):
-        def call(*args, **more):
-            names.append((real.__name__, threading.current_thread() is threading.main_thread()))
-            return real(*args, **more)
+    def note(place, *args, **more):
+        inside.append((place.name, threading.current_thread() is threading.main_thread()))
+        return load(place, *args, **more)
 
-        return call
-
-    with mock.patch.object(adapters, "build", note(build)), mock.patch.object(single_file.Place, "load", note(load)):
-        after = train(changes)
-    assert sorted(names) == sorted([("build", te), ("load", False), ("load", True), ("load", True)])
+    with mock.patch.object(single_file.Place, "load", note):
+        after = train({})
+    assert sorted(inside) == [("text_encoder", True), ("unet", False), ("vae", True)]
     assert same(before.lora(), after.lora())
     assert [e["loss"] for e in before.events("step")] == [e["loss"] for e in after.events("step")]
-
-
-def test_a_lora_that_does_not_fit_ends_a_run_whose_adapter_a_thread_attaches(train, beside, tmp_path):
-    first = train({"part.text_1.train": False, "train.visits": 4, "adapter.targets": ["attention", "feed_forward"]})
-    with pytest.raises(RunError, match=r"it changes \d+ layers that this run does not train"):
-        train({"part.text_1.train": False, "adapter.targets": ["attention"], "adapter.start": str(first.root / "lora.safetensors")})

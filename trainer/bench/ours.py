@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ def main(job: dict[str, Any], meter: Meter) -> dict[str, Any]:
     Of `job`: `config`, the run's settings; `run`, its folder; `previews`, whether they are timed. Returns, beside the meter's findings,
     `losses`: (step, mean loss since the last such step).
     """
-    from trainer import adapters, control, optimizers, run
+    from trainer import adapters, control, run
     from trainer.config import TrainConfig
     from trainer.run_dir import RunDir
 
@@ -29,11 +28,10 @@ def main(job: dict[str, Any], meter: Meter) -> dict[str, Any]:
     built: list[Any] = []
     found: dict[str, Any] = {"preview_s": None, "pictures": None}
     shown = 0.0
-    attach, optimize = adapters.build, optimizers.build
+    attach = adapters.build
 
     def build(*args: Any, **more: Any) -> Any:  # the one moment on the way that no event tells of
-        if threading.current_thread() is threading.main_thread():
-            meter.mark("attach")
+        meter.mark("attach")
         built.append(attach(*args, **more))
         meter.norm = lambda: sum(float(t.square().sum()) for name, t in built[0].state().items() if name.endswith(".up")) ** 0.5
         return built[0]
@@ -66,7 +64,6 @@ def main(job: dict[str, Any], meter: Meter) -> dict[str, Any]:
 
     making = previews()
     adapters.build = build
-    optimizers.build = lambda *args: meter.mark("attach") or optimize(*args)
     meter.mark("prepare")
     run.train(TrainConfig.model_validate(job["config"]), folder.root, show=show, stopping=lambda: meter.tick() and next(making))
     parameters = sum(t.numel() for t in built[0].state().values())

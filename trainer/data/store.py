@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -157,7 +158,10 @@ class Texts:
     """Captions as the denoiser will be told of them: cached states of frozen encoders, tokens for the others. Rows go by index.
 
     Args:
-        trained: the encoders that may carry an adapter; they read their tokens anew at each step.
+        trained: the encoders that may carry an adapter.
+
+    Attributes:
+        live: the encoders that read their tokens anew at each step.
     """
 
     def __init__(
@@ -166,17 +170,13 @@ class Texts:
         self.family, self.models, self.cache = family, models, cache or Cache()
         self.held: dict[str, States | Tokens] = {}
         self.windows: list[int] = []
-        self.empty: dict[str, States | Tokens] = {}
+        self.live: set[str] = set()
+        self._blank: dict[str, States | Tokens] = {}
         for part in models.text:
             width = getattr(models.module(part).config, "hidden_size", None) or models.module(part).config.d_model
-            live = part in trained or len(captions) * models.windows * WINDOW * width * 4 > TEXT_BUDGET
-            self.empty[part] = self._read(part, [""], live)[0]
+            if part in trained or len(captions) * models.windows * WINDOW * width * 4 > TEXT_BUDGET:
+                self.live.add(part)
         self.extend(captions)
-
-    @property
-    def live(self) -> set[str]:
-        """The encoders that read at each step."""
-        return {part for part, held in self.empty.items() if isinstance(held, Tokens)}
 
     def _read(self, part: str, captions: Sequence[str], live: bool) -> tuple[States | Tokens, list[int]]:
         family, models = self.family, self.models
@@ -206,11 +206,17 @@ class Texts:
         if not captions:
             return
         most = [1] * len(captions)
-        for part, empty in self.empty.items():
-            new, windows = self._read(part, captions, isinstance(empty, Tokens))
+        for part in self.models.text:
+            new, windows = self._read(part, captions, part in self.live)
             most = [max(pair) for pair in zip(most, windows, strict=True)]
-            self.held[part] = _stacked(self.held[part], new, empty) if part in self.held else new
+            self.held[part] = _stacked(self.held[part], new, partial(self._empty, part)) if part in self.held else new
         self.windows += most
+
+    def _empty(self, part: str) -> States | Tokens:
+        """The caption without words."""
+        if part not in self._blank:
+            self._blank[part] = self._read(part, [""], part in self.live)[0]
+        return self._blank[part]
 
     def rows(self, index: torch.Tensor, captions: Sequence[int]) -> dict[str, States | Tokens]:
         """The rows `index`, on the device, which are `captions`: cut to the windows that the longest of them has."""
@@ -218,28 +224,29 @@ class Texts:
         return {part: held.rows(index, windows) for part, held in self.held.items()}
 
 
-def _stacked(first: States | Tokens, second: States | Tokens, empty: States | Tokens) -> States | Tokens:
+def _stacked(first: States | Tokens, second: States | Tokens, empty: Callable[[], States | Tokens]) -> States | Tokens:
     """Both, one after the other; the one with fewer windows is filled up with empty ones."""
 
-    def wide(x: torch.Tensor, blank: torch.Tensor, columns: int) -> torch.Tensor:
-        times = (columns - x.shape[1]) // WINDOW
-        fill = blank[:, :WINDOW].expand(len(x), *blank.shape[1:]) if times else blank
-        return torch.cat([x, *[fill] * times], 1)
+    def wide(x: torch.Tensor, blank: Callable[[], torch.Tensor], columns: int) -> torch.Tensor:
+        if x.shape[1] == columns:
+            return x
+        fill = blank().expand(len(x), *[-1] * (x.ndim - 1))
+        return torch.cat([x, *[fill] * ((columns - x.shape[1]) // WINDOW)], 1)
 
-    def joined(a: torch.Tensor, b: torch.Tensor, blank: torch.Tensor) -> torch.Tensor:
+    def joined(a: torch.Tensor, b: torch.Tensor, blank: Callable[[], torch.Tensor]) -> torch.Tensor:
         columns = max(a.shape[1], b.shape[1])
         return torch.cat([wide(a, blank, columns), wide(b, blank, columns)])
 
     if isinstance(first, States):
         pooled = None if first.pooled is None else torch.cat([first.pooled, second.pooled])
-        return States(joined(first.hidden, second.hidden, empty.hidden), pooled)
+        return States(joined(first.hidden, second.hidden, lambda: empty().hidden), pooled)
     weights = [None if t.weights is None else t.weights for t in (first, second)]
     if any(w is not None for w in weights):
         full = [torch.ones(t.ids.shape, device=t.ids.device) if w is None else w for t, w in zip((first, second), weights, strict=True)]
-        weights = joined(*full, torch.ones(empty.ids.shape, device=empty.ids.device))
+        weights = joined(*full, lambda: torch.ones_like(empty().ids, dtype=full[0].dtype))
     else:
         weights = None
-    return Tokens(joined(first.ids, second.ids, empty.ids), weights, (*first.windows, *second.windows))
+    return Tokens(joined(first.ids, second.ids, lambda: empty().ids), weights, (*first.windows, *second.windows))
 
 
 class Store:

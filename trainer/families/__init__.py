@@ -83,9 +83,9 @@ class Models:
     arriving: Future[None] | None = None
 
     def arrive(self) -> None:
-        """Wait until the denoiser's weights are there, in any thread. Raises what loading them raises."""
-        if arriving := self.arriving:
-            arriving.result()
+        """Wait until the denoiser's weights are there. Raises what loading them raises."""
+        if self.arriving:
+            self.arriving.result()
             self.arriving = None
 
     @property
