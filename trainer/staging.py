@@ -23,7 +23,7 @@ class Stage:
     """
 
     SIZE = 2**23  # bytes of a buffer
-    SMALL = 2**16  # bytes that the driver takes at once, without waiting for the device
+    SMALL = 2**16  # bytes that the driver takes from ordinary memory at once, without waiting for the device
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.turn = device, 0
@@ -34,7 +34,7 @@ class Stage:
         if x.is_cuda:
             return x
         if x.nbytes <= self.SMALL:
-            return x.to(self.device)
+            return x.to(self.device, non_blocking=True)
         out = torch.empty_like(x, device=self.device)
         if out.stride() != x.stride():  # it has gaps
             return out.copy_(x)

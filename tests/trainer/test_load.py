@@ -555,7 +555,8 @@ def test_a_damaged_denoiser_that_is_read_beside_all_else_is_named(made, tmp_path
 @pytest.mark.parametrize("variant", small.VARIANTS)
 def test_weights_that_go_straight_to_the_gpu_are_those_that_come_by_way_of_the_cpu(made, variant, monkeypatch):
     folder, path = made(variant)
-    monkeypatch.setattr(staging.Stage, "SIZE", 1000)  # small weights, too, go in pieces
+    monkeypatch.setattr(staging.Stage, "SMALL", 100)
+    monkeypatch.setattr(staging.Stage, "SIZE", 1000)  # small weights, too, go as a whole or in pieces
     for source in (folder, path):
         for t5 in ("auto", "8bit"):
             with ThreadPoolExecutor(1) as pool:
@@ -571,6 +572,7 @@ def test_weights_that_go_straight_to_the_gpu_are_those_that_come_by_way_of_the_c
 
 @pytest.mark.gpu
 def test_a_module_goes_to_the_gpu_and_back_as_it_was(monkeypatch):
+    monkeypatch.setattr(staging.Stage, "SMALL", 100)
     monkeypatch.setattr(staging.Stage, "SIZE", 1000)
     device = torch.device("cuda")
     module = torch.nn.Sequential(

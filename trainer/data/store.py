@@ -178,10 +178,10 @@ class Texts:
                 self.live.add(part)
         self.extend(captions)
 
-    def _read(self, part: str, captions: Sequence[str], live: bool) -> tuple[States | Tokens, list[int]]:
+    def _read(self, part: str, captions: Sequence[str]) -> tuple[States | Tokens, list[int]]:
         family, models = self.family, self.models
         tokens = family.tokenize(models, part, captions)
-        if live:
+        if part in self.live:
             return tokens.to(models.device), list(tokens.windows)
         pieces = [tokens.rows(p) for p in torch.arange(len(captions)).split(TEXT_ROWS)]
 
@@ -207,7 +207,7 @@ class Texts:
             return
         most = [1] * len(captions)
         for part in self.models.text:
-            new, windows = self._read(part, captions, part in self.live)
+            new, windows = self._read(part, captions)
             most = [max(pair) for pair in zip(most, windows, strict=True)]
             self.held[part] = _stacked(self.held[part], new, partial(self._empty, part)) if part in self.held else new
         self.windows += most
@@ -215,7 +215,7 @@ class Texts:
     def _empty(self, part: str) -> States | Tokens:
         """The caption without words."""
         if part not in self._blank:
-            self._blank[part] = self._read(part, [""], part in self.live)[0]
+            self._blank[part] = self._read(part, [""])[0]
         return self._blank[part]
 
     def rows(self, index: torch.Tensor, captions: Sequence[int]) -> dict[str, States | Tokens]:

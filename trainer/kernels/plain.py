@@ -70,7 +70,7 @@ def layer_norm_backward(g: Tensor, weight: Tensor | None, x: Tensor, mean: Tenso
 
 def _layout(x: Tensor) -> torch.memory_format:
     """torch's group norm computes in channels_last on the CPU only, and not where a single image has another stride than it would need."""
-    if x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and x.stride(0) == x[0].numel():
+    if x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last) and x.stride(0) * len(x) == x.numel():
         return torch.channels_last
     return torch.contiguous_format
 
