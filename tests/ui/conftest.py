@@ -48,11 +48,13 @@ class App:
         while time.monotonic() < deadline:
             try:
                 assert self.get("/system")["app"] == "lora-atelier"
-                return
+                break
             except (urllib.error.URLError, ConnectionError, TimeoutError):
                 assert self.process.poll() is None, (self.folder / "app.txt").read_text()
                 time.sleep(0.2)
-        pytest.fail("the app did not answer within 90 s")
+        else:
+            pytest.fail("the app did not answer within 90 s")
+        self.post("/settings", {"run_folders": []}, method="PATCH")  # those of this checkout are not the test's
 
     def kill(self) -> None:
         """As when the computer takes it away: no time to say goodbye."""
