@@ -3,21 +3,24 @@
 A small model on the CPU waits for Python: the demo base's step takes 59 ms so on one core, where a plain loop's, which goes through modules,
 autograd and views, takes 94 (`OMP_NUM_THREADS=1 python -m trainer bench`). So the first time that a key comes, each call of a kernel is
 written down as a line of one Python function: the same kernels on the same numbers in the same order, so that what is played is the same to
-the last bit. What holds for CUDA graphs (trainer.capture) holds here: whatever changes by
-step is a tensor, among the inputs or changed in place. Where Python reads what a kernel computed, or shapes depend on it, there is no tape,
-and the key's steps are computed as always.
+the last bit. What holds for CUDA graphs (trainer.capture) holds here: whatever changes by step is a tensor, among the inputs or changed in
+place. Where Python reads what a kernel computed, or shapes depend on it, there is no tape, and the key's steps are computed as always.
 
 The rows of a batch are shared among the cores, each of which plays the tape of its own rows: so they need not wait for each other at every
-kernel. Their sums are added up in a fixed order. A kernel takes several threads only where it is large, since a thread that another
-program has put off holds all of them up.
+kernel. Their sums are added up in a fixed order. Cores that are left over share each kernel, unless another program is busy on one of them:
+it would put off one thread, for which all others wait. So a step takes one thread a player then (see Pace), provided that the numbers are
+the same.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from trainer.step import Batch, Draws, Slots, Step
 
 LONG = 100  # steps; to write a key's tape takes as long as about ten of its steps, and a run has several keys
 MOST = 4  # players; with more of them they wait for Python's lock
-LARGE = 5e7  # multiplications, about, from which on a kernel is worth several threads: 1 ms on one
+RESTS = 16, 256  # plays after which the slower number of threads is tried again: at first, and at most
 UNFIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 UNFIT_NAMES = {"aten::resize_", "aten::resize_as_", "aten::set_"}  # they give a tensor another storage
 
@@ -64,6 +67,7 @@ class Taped:
         sums = [step.loss, *([w.grad, w.work_grad] if w else step.buffers.values())]
         self._sums: list[Sums] = [{_storage(x): x for x in sums}]  # of each player; the first one's are the step's own
         self._tapes: dict[tuple, Tape | None] = {}
+        self._paces: dict[tuple, Pace] = {}
         self._pool = ThreadPoolExecutor(MOST)
 
     def run(self, n: int, batch: Batch, slots: Slots, total_weight: float, factor: float, key: str = "") -> None:
@@ -101,14 +105,14 @@ class Taped:
         own = list(self._sums[0].values())
         for _ in range(len(self._sums), len(tapes)):
             self._sums.append({s: torch.zeros_like(x) for s, x in self._sums[0].items()})
-
-        def play(k: int) -> None:
-            with torch.no_grad():
-                tapes[k].of(k, self._sums[k])(self.threads // len(tapes), *_inputs(pieces[k]))
-
-        others = [self._pool.submit(play, k) for k in range(1, len(tapes))]
+        key = tuple(map(id, tapes))
+        if key not in self._paces:
+            self._paces[key] = Pace(self._numbers(tapes, pieces))
+        pace, begun = self._paces[key], time.perf_counter()
+        number = pace.pick()
+        others = [self._pool.submit(self._play_one, k, tapes[k], pieces[k], number) for k in range(1, len(tapes))]
         try:
-            play(0)
+            self._play_one(0, tapes[0], pieces[0], number)
         finally:
             torch.set_num_threads(self.threads)
         for k, other in enumerate(others, 1):
@@ -116,7 +120,57 @@ class Taped:
             theirs = list(self._sums[k].values())
             torch._foreach_add_(own, theirs)
             torch._foreach_zero_(theirs)
+        pace.tell(number, time.perf_counter() - begun)
         self.plays += len(tapes)
+
+    def _play_one(self, player: int, tape: Tape, piece: Piece, threads: int) -> None:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            tape.of(player, self._sums[player])(*_inputs(piece))
+
+    def _numbers(self, tapes: Sequence[Tape], pieces: Sequence[Piece]) -> list[int]:
+        """The numbers of threads that a player may take: all that are left for it; one as well where that gives the same to the last bit."""
+        many, sums = self.threads // len(tapes), list(self._sums[0].values())
+        before, found = [x.clone() for x in sums], []
+        for number in {many, 1}:
+            for tape, piece in zip(tapes, pieces, strict=True):
+                self._play_one(0, tape, piece, number)
+            found.append([x.clone() for x in sums])
+            torch._foreach_copy_(sums, before)
+        same = all(map(torch.equal, found[0], found[-1]))
+        return [many, 1] if many > 1 and same else [many]
+
+
+class Pace:
+    """Takes, of some numbers of threads, the one that was the quickest of late: the median of its last three plays counts.
+
+    The others are tried again now and then: after 16 plays, and where that changes nothing, after twice as many, up to 256.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._took: dict[int, deque[float]] = {n: deque(maxlen=3) for n in numbers}
+        self._rest = self._left = RESTS[0]
+
+    def pick(self) -> int:
+        """The number for the next play."""
+        best = min(self._took, key=self._seconds)
+        if self._left > 0 or len(self._took) == 1:
+            return best
+        return max(self._took, key=self._seconds)
+
+    def tell(self, number: int, seconds: float) -> None:
+        """How long the play with `number` took."""
+        best = min(self._took, key=self._seconds)
+        self._left -= 1
+        if number != best:
+            self._took[number].clear()
+        self._took[number].append(seconds)
+        if number != best:
+            self._rest = RESTS[0] if self._seconds(number) < self._seconds(best) else min(2 * self._rest, RESTS[1])
+            self._left = self._rest
+
+    def _seconds(self, number: int) -> float:
+        return median(self._took[number] or [0.0])
 
 
 def _inputs(piece: Piece) -> list[torch.Tensor]:
@@ -125,10 +179,7 @@ def _inputs(piece: Piece) -> list[torch.Tensor]:
 
 @dataclass
 class Tape:
-    """The code of a function of (threads for large kernels, inputs ...), and what it reads by name.
-
-    Threads are set for the one that plays alone; they are left at 1.
-    """
+    """The code of a function of the inputs, and what it reads by name."""
 
     code: Any
     own: dict[str, Any]
@@ -155,7 +206,6 @@ class _Line:
     text: str
     reads: set[str]
     needed: bool = False
-    large: bool | None = None  # None: it makes no difference
 
 
 class Recorder(TorchDispatchMode):
@@ -176,7 +226,7 @@ class Recorder(TorchDispatchMode):
         self.changed: set[int] = set()
         self._known: list[Any] = []  # keeps a storage's number from being given to another, without keeping its memory
         self._lines: list[_Line] = []
-        self._own: dict[str, Any] = {"cut": torch.as_strided, "threads": torch.set_num_threads}
+        self._own: dict[str, Any] = {"cut": torch.as_strided}
         self._own_names: dict[int, str] = {}
         self._names: dict[tuple, str] = {}
         self._first: dict[int, tuple[str, torch.dtype]] = {}  # storage -> its first tensor
@@ -201,9 +251,7 @@ class Recorder(TorchDispatchMode):
         self.changed.update(s for x in changes if (s := _storage(x)) not in self._first)
         if changes or makes.count("_") < len(makes):
             target = "" if makes.count("_") == len(makes) else f"{', '.join(makes)}{',' * isinstance(out, list | tuple)} = "
-            self._lines.append(
-                _Line(makes, f"{target}{self._keep(func._op)}({said})", reads, bool(changes), _work(func, args, out) > LARGE)
-            )
+            self._lines.append(_Line(makes, f"{target}{self._keep(func._op)}({said})", reads, bool(changes)))
         return out
 
     def _new(self, x: torch.Tensor) -> str:
@@ -258,13 +306,8 @@ class Recorder(TorchDispatchMode):
                 last = sorted((line.reads | set(line.makes)) - wanted - self._own.keys() - {"_", *self._inputs})
                 lines.append((line, f"; del {', '.join(last)}" if last else ""))
                 wanted |= line.reads
-        source, large = [f"def tape({', '.join(['many', *self._inputs])}):", "    threads(1)"], False
-        for line, drop in reversed(lines):
-            if line.large not in (None, large):
-                large = line.large
-                source.append(f"    threads({'many' if large else 1})")
-            source.append(f"    {line.text}{drop}")
-        return Tape(compile("\n".join([*source, "    threads(1)", ""]), "<tape>", "exec"), self._own)
+        source = [f"def tape({', '.join(self._inputs)}):", *(f"    {line.text}{drop}" for line, drop in reversed(lines)), "    return"]
+        return Tape(compile("\n".join(source), "<tape>", "exec"), self._own)
 
 
 def _unfit(func: Any, args: tuple) -> bool:
@@ -272,23 +315,6 @@ def _unfit(func: Any, args: tuple) -> bool:
     if func is torch.ops.aten.index.Tensor:  # tagged for its masks
         return any(x.dtype in (torch.bool, torch.uint8) for x in _tensors(args[1]))
     return bool(UNFIT.intersection(func.tags)) or func._schema.name in UNFIT_NAMES
-
-
-def _work(func: Any, args: tuple, out: Any) -> float:
-    """About how many multiplications a kernel takes as long as."""
-    kind = func._schema.name.removeprefix("aten::").removesuffix("_")
-    if kind in ("mm", "bmm", "addmm", "baddbmm"):
-        a, b = args[-2:]
-        return a.numel() * b.shape[-1]
-    if kind == "convolution":
-        return out.numel() * args[1][0].numel()
-    if kind == "convolution_backward":
-        return args[0].numel() * args[2][0].numel() * sum(args[-1])
-    if "attention" in kind and "backward" in kind:
-        return 5 * args[1].numel() * args[2].shape[-2]
-    if "attention" in kind:
-        return 2 * args[0].numel() * args[1].shape[-2]
-    return 20 * max((x.numel() for x in _tensors(out)), default=0)
 
 
 def _written(func: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
