@@ -131,14 +131,15 @@ class Taped:
     def _numbers(self, tapes: Sequence[Tape], pieces: Sequence[Piece]) -> list[int]:
         """The numbers of threads that a player may take: all that are left for it; one as well where that gives the same to the last bit."""
         many, sums = self.threads // len(tapes), list(self._sums[0].values())
+        if many == 1:
+            return [1]
         before, found = [x.clone() for x in sums], []
-        for number in {many, 1}:
+        for number in (many, 1):
             for tape, piece in zip(tapes, pieces, strict=True):
                 self._play_one(0, tape, piece, number)
             found.append([x.clone() for x in sums])
             torch._foreach_copy_(sums, before)
-        same = all(map(torch.equal, found[0], found[-1]))
-        return [many, 1] if many > 1 and same else [many]
+        return [many, 1] if all(map(torch.equal, *found)) else [many]
 
 
 class Pace:
