@@ -8,7 +8,7 @@ place. Where Python reads what a kernel computed, or shapes depend on it, there 
 
 The rows of a batch are shared among the cores, each of which plays the tape of its own rows: so they need not wait for each other at every
 kernel. Their sums are added up in a fixed order. Cores that are left over share each kernel, unless another program is busy on one of them:
-it would put off one thread, for which all others wait. So a step takes one thread a player then (see Pace), provided that the numbers are
+it would put off one thread, for which all others wait. So a step takes one thread a player then (see Threads), provided that the numbers are
 the same.
 """
 
@@ -67,7 +67,7 @@ class Taped:
         sums = [step.loss, *([w.grad, w.work_grad] if w else step.buffers.values())]
         self._sums: list[Sums] = [{_storage(x): x for x in sums}]  # of each player; the first one's are the step's own
         self._tapes: dict[tuple, Tape | None] = {}
-        self._paces: dict[tuple, Pace] = {}
+        self._choices: dict[tuple, Threads] = {}
         self._pool = ThreadPoolExecutor(MOST)
 
     def run(self, n: int, batch: Batch, slots: Slots, total_weight: float, factor: float, key: str = "") -> None:
@@ -106,10 +106,10 @@ class Taped:
         for _ in range(len(self._sums), len(tapes)):
             self._sums.append({s: torch.zeros_like(x) for s, x in self._sums[0].items()})
         key = tuple(map(id, tapes))
-        if key not in self._paces:
-            self._paces[key] = Pace(self._numbers(tapes, pieces))
-        pace, begun = self._paces[key], time.perf_counter()
-        number = pace.pick()
+        if key not in self._choices:
+            self._choices[key] = Threads(self._numbers(tapes, pieces))
+        choice, begun = self._choices[key], time.perf_counter()
+        number = choice.pick()
         others = [self._pool.submit(self._play_one, k, tapes[k], pieces[k], number) for k in range(1, len(tapes))]
         try:
             self._play_one(0, tapes[0], pieces[0], number)
@@ -120,7 +120,7 @@ class Taped:
             theirs = list(self._sums[k].values())
             torch._foreach_add_(own, theirs)
             torch._foreach_zero_(theirs)
-        pace.tell(number, time.perf_counter() - begun)
+        choice.tell(number, time.perf_counter() - begun)
         self.plays += len(tapes)
 
     def _play_one(self, player: int, tape: Tape, piece: Piece, threads: int) -> None:
@@ -142,7 +142,7 @@ class Taped:
         return [many, 1] if all(map(torch.equal, *found)) else [many]
 
 
-class Pace:
+class Threads:
     """Takes, of some numbers of threads, the one that was the quickest of late: the median of its last three plays counts.
 
     The others are tried again now and then: after 16 plays, and where that changes nothing, after twice as many, up to 256.

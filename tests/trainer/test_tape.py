@@ -6,7 +6,7 @@ from test_step import build  # noqa: F401 (a fixture)
 
 from trainer import tape
 from trainer.plan import factor
-from trainer.tape import LONG, RESTS, Pace, Recorder, Taped, why_not
+from trainer.tape import LONG, RESTS, Recorder, Taped, Threads, why_not
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,11 +78,11 @@ def test_threads_come_and_go_without_a_trace(build, monkeypatch, request):  # no
     computed, played = build({"train.batch_size": 1}), build({"train.batch_size": 1})
     used = []
 
-    def one_and_all(pace: Pace) -> int:
-        used.append(list(pace._took)[len(used) % len(pace._took)])
+    def one_and_all(choice: Threads) -> int:
+        used.append(list(choice._took)[len(used) % len(choice._took)])
         return used[-1]
 
-    monkeypatch.setattr(Pace, "pick", one_and_all)
+    monkeypatch.setattr(Threads, "pick", one_and_all)
     want, got = run(computed, computed.step), run(played, Taped(played.step))
     assert torch.get_num_threads() == 2 and len(used) == 4 and 2 in used
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
@@ -99,35 +99,35 @@ def test_one_thread_plays_only_where_it_gives_the_same(depends, numbers, build, 
     runner.threads = 2  # as if there were: none of them plays here
     run(made, runner, steps=1)
     torch.set_num_threads(1)
-    assert [list(pace._took) for pace in runner._paces.values()] == [numbers]
+    assert [list(choice._took) for choice in runner._choices.values()] == [numbers]
 
 
-def take(pace: Pace, seconds, plays: int) -> list[int]:
+def take(choice: Threads, seconds, plays: int) -> list[int]:
     """The numbers of threads of so many plays, each of which takes `seconds(threads)`."""
     taken = []
     for _ in range(plays):
-        taken.append(pace.pick())
-        pace.tell(taken[-1], seconds(taken[-1]))
+        taken.append(choice.pick())
+        choice.tell(taken[-1], seconds(taken[-1]))
     return taken
 
 
-def test_pace_follows_the_quicker_number_and_seldom_tries_the_other():
-    pace = Pace([4, 1])
+def test_the_quicker_number_is_taken_and_the_other_seldom_tried():
+    choice = Threads([4, 1])
     idle, busy = {4: 0.03, 1: 0.05}.get, {4: 0.3, 1: 0.05}.get
-    first = take(pace, idle, 1000)
+    first = take(choice, idle, 1000)
     assert set(first) == {4, 1} and first.count(1) < 10 and first[:2] == [4, 1]
-    assert take(pace, busy, 20).count(4) <= 3
-    assert take(pace, busy, 2 * RESTS[1]).count(4) <= 6
-    later = take(pace, idle, 2 * RESTS[1])
+    assert take(choice, busy, 20).count(4) <= 3
+    assert take(choice, busy, 2 * RESTS[1]).count(4) <= 6
+    later = take(choice, idle, 2 * RESTS[1])
     assert later[-RESTS[1] // 2 :].count(1) <= 5
-    assert set(take(Pace([4]), idle, 600)) == {4}
+    assert set(take(Threads([4]), idle, 600)) == {4}
 
 
-def test_pace_is_not_misled_by_one_play_that_took_long():
-    pace, idle = Pace([4, 1]), {4: 0.03, 1: 0.05}.get
-    take(pace, idle, 10)
-    pace.tell(4, 9.0)
-    assert take(pace, idle, 3) == [4, 4, 4]
+def test_the_choice_is_not_misled_by_one_play_that_took_long():
+    choice, idle = Threads([4, 1]), {4: 0.03, 1: 0.05}.get
+    take(choice, idle, 10)
+    choice.tell(4, 9.0)
+    assert take(choice, idle, 3) == [4, 4, 4]
 
 
 def test_weights_that_are_loaded_afterwards_are_the_ones_that_play(build):  # noqa: F811
