@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -36,6 +37,18 @@ class Processes:
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0] if self.size > 1 else value
+
+    def check_alike(self, facts: Mapping[str, object]) -> None:
+        """Raise ValueError on every process if not all see the same facts, by their repr: on another machine there may be other files."""
+        from accelerate.utils import gather_object
+
+        mine = {name: hashlib.sha256(repr(fact).encode()).hexdigest() for name, fact in facts.items()}
+        everyone = gather_object([mine]) if self.size > 1 else [mine]
+        if differ := [name for name in mine if len({theirs[name] for theirs in everyone}) > 1]:
+            raise ValueError(
+                f"The {' and the '.join(differ)} of this run's {self.size} processes are not the same. On several machines, start each with the "
+                "same configuration file, the same images and captions, and, with --resume, a run folder that all of them can read."
+            )
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

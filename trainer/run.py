@@ -263,6 +263,11 @@ def _train(
     last = run.last_checkpoint() if resume else None
     room.done = start = last[0] if last else 0
     ready = prepare(config, lambda text: emit("warning", text=text), resumed=last is not None, known=run.images)
+    seen = [(i.digest, i.caption, i.mask_digest) for i in ready.plan.images + ready.plan.held_out]
+    ours = config.model_dump(
+        include={"dataset", "adapter", "part", "optimizer", "schedule", "loss", "train"}, exclude={"adapter": {"start"}}
+    )
+    processes.check_alike({"settings": ours, "images and captions": seen, "checkpoints": start})
     for text in ready.plan.warnings:
         emit("warning", text=text)
     cap(device)

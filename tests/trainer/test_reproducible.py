@@ -1,3 +1,4 @@
+import socket
 import time
 
 import psutil
@@ -169,3 +170,21 @@ def test_three_processes_equal_one_and_are_resumed_by_one(train, command, tmp_pa
     resumed = train(changes, root=tmp_path / "run", resume=True)
     assert [e["step"] for e in resumed.events("resumed")] == [4]
     assert_close(resumed, alone)
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_no_disk_equal_one_and_do_not_resume_apart(train, command, tmp_path):
+    def run(*more):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        nodes = ("-m", "torch.distributed.run", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port))
+        machines = [command(tmp_path / f"{k}", {}, *more, launcher=(*nodes, "--node_rank", f"{k}")) for k in range(2)]
+        return [(m.communicate(timeout=300)[0], m.returncode) for m in machines]
+
+    ended = run()
+    assert [code for _, code in ended] == [0, 0], ended
+    assert not (tmp_path / "1").exists()
+    alone = train({})
+    assert_close(type(alone)("finished", tmp_path / "0"), alone)
+    for said, code in run("--resume", "--visits", "6"):  # the second finds no checkpoint: it would start anew
+        assert code == 1 and "The checkpoints of this run's 2 processes are not the same" in said
