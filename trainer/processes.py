@@ -40,10 +40,12 @@ class Processes:
 
     def check_alike(self, facts: Mapping[str, object]) -> None:
         """Raise ValueError on every process if not all see the same facts, by their repr: on another machine there may be other files."""
+        if self.size == 1:
+            return
         from accelerate.utils import gather_object
 
         mine = {name: hashlib.sha256(repr(fact).encode()).hexdigest() for name, fact in facts.items()}
-        everyone = gather_object([mine]) if self.size > 1 else [mine]
+        everyone = gather_object([mine])
         if differ := [name for name in mine if len({theirs[name] for theirs in everyone}) > 1]:
             raise ValueError(
                 f"The {' and the '.join(differ)} of this run's {self.size} processes are not the same. On several machines, start each with the "
