@@ -3,9 +3,9 @@
 import os
 import sys
 
-# How long a CPU thread spins for the others before it sleeps. With libgomp's default one busy process beside a training on two cores
-# slows it 45 times (30 -> 0.7 images/s on the demo base), with this 5 times (6 images/s), and on an idle machine both are equal.
-# Read when torch loads. Measured by images_per_s of `python -m trainer train --preset sd1/demo` with and without a busy loop beside it.
+# How long a CPU thread spins for the others before it sleeps; read when torch loads. On one machine a busy process beside a training on two
+# cores slowed it 45 times with libgomp's default and 5 times with this (images_per_s of `python -m trainer train --preset sd1/demo`, before
+# trainer.tape); on another 3.8 and 5.6 times (of `python -m trainer bench --only ours --steps 60 --no-previews`), with 12.5 and 14.1 idle.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # CUDA memory in pieces that grow, so that less of it lies idle between tensors of other sizes. Windows has no such thing. Read by torch's

@@ -5,8 +5,8 @@ captured with; draws come from the step's generator, which is registered with th
 processes each replays two graphs, before and after the sum over all. All graphs share one memory pool. The first step of each key runs
 eagerly, which makes the optimizer's state and compiles kernels, and counts.
 
-Blocks are not given to torch.compile besides: for SD 1.5's it worked for more than two minutes on an H200, where a capture takes 1 to 2 s, and
-there is little left to fuse: of the 131 ms that SDXL's step at batch 4 works, 127 are products, convolutions, attention and trainer.kernels.
+Blocks are not given to torch.compile besides: it takes minutes where a capture takes a second or two, and next to products, convolutions and
+attention little is left that trainer.kernels has not fused.
 """
 
 from __future__ import annotations

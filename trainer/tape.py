@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trainer.capture import leaves
 from trainer.step import Batch, Draws, Slots, Step
 
-LONG = 100  # steps; to write a key's tape takes as long as about ten of its steps, and a run has several keys
+LONG = 100  # steps; to write a key's tape takes as long as about twelve of its steps, and a run has several keys
 MOST = 4  # players; with more of them they wait for Python's lock
 RESTS = 16, 256  # plays after which the slower number of threads is tried again: at first, and at most
 UNFIT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -143,9 +143,9 @@ class Taped:
 
 
 class Threads:
-    """Takes, of some numbers of threads, the one that was the quickest of late: the median of its last three plays counts.
+    """Takes, of one or two numbers of threads, the one that was the quicker of late: the median of its last three plays counts.
 
-    The others are tried again now and then: after 16 plays, and where that changes nothing, after twice as many, up to 256.
+    The other is tried again now and then: after 16 plays, and where that changes nothing, after twice as many, up to 256.
     """
 
     def __init__(self, numbers: Sequence[int]) -> None:
